@@ -1,0 +1,132 @@
+"""Ledger: what a network needs, per (module, operator) - and what was NOT counted.
+
+One multiply-add is two FLOPs. Matrix products and convolutions are `matmul` work; norms, activations, softmax
+and element-wise arithmetic are counted too, but apart, because published figures leave them out: compare
+`matmul_flops` with papers and `flops` with what the machine executes.
+Bytes are what the operators read and write if nothing stays in cache: the sum over operators of operand and
+result sizes. A total without its uncounted list is not a result: see `uncounted` and `coverage`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """All calls of one operator inside one module."""
+
+    module: str
+    """Qualified name of the innermost module that ran it; "" for the root."""
+    operator: str
+    """The field's name of the operation: "linear", "conv2d", "sdpa", "lstm", "layer_norm", "add" ..."""
+    calls: int
+    matmul_flops: int
+    """2 x multiply-adds of matrix products and convolutions."""
+    other_flops: int
+    """Everything else: biases, norms, activations, softmax, element-wise."""
+    read_bytes: int
+    write_bytes: int
+
+    @property
+    def flops(self) -> int:
+        return self.matmul_flops + self.other_flops
+
+    @property
+    def moved_bytes(self) -> int:
+        return self.read_bytes + self.write_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """The weights a module owns itself (children apart). A tied tensor is owned by its first user only."""
+
+    module: str
+    kind: str
+    """Class name of the module."""
+    count: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uncounted:
+    """An operator that has no formula: listed with its size, never taken as zero in silence."""
+
+    module: str
+    operator: str
+    calls: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """The count of one forward pass of one workload."""
+
+    name: str
+    entries: tuple[Entry, ...]
+    parameters: tuple[Parameters, ...]
+    uncounted: tuple[Uncounted, ...] = ()
+    batch: str = ""
+    """The input the count belongs to, for people: "input_ids 32x128 int64"."""
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def flops(self) -> int:
+        return sum(e.flops for e in self.entries)
+
+    @property
+    def matmul_flops(self) -> int:
+        return sum(e.matmul_flops for e in self.entries)
+
+    @property
+    def moved_bytes(self) -> int:
+        return sum(e.moved_bytes for e in self.entries)
+
+    @property
+    def param_count(self) -> int:
+        return sum(p.count for p in self.parameters)
+
+    @property
+    def param_bytes(self) -> int:
+        return sum(p.nbytes for p in self.parameters)
+
+    @property
+    def coverage(self) -> float:
+        """Share of operator calls that have a formula, 0..1."""
+        counted = sum(e.calls for e in self.entries)
+        missed = sum(u.calls for u in self.uncounted)
+        return counted / (counted + missed) if counted + missed else 1.0
+
+    def by(self, key: Callable[[Entry], str]) -> dict[str, Entry]:
+        """Entries summed over equal `key`; the merged entry's module and operator are the key."""
+        groups: dict[str, list[Entry]] = defaultdict(list)
+        for entry in self.entries:
+            groups[key(entry)].append(entry)
+        return {name: _merged(name, group) for name, group in groups.items()}
+
+    def by_operator(self) -> dict[str, Entry]:
+        return self.by(lambda e: e.operator)
+
+    def by_module(self) -> dict[str, Entry]:
+        return self.by(lambda e: e.module)
+
+    def inside(self, module: str) -> Entry:
+        """Everything that ran in `module` or below it; "" is the whole network."""
+        prefix = f"{module}."
+        found = [e for e in self.entries if not module or e.module == module or e.module.startswith(prefix)]
+        return _merged(module, found)
+
+
+def _merged(name: str, group: Iterable[Entry]) -> Entry:
+    items = list(group)
+    return Entry(
+        module=name,
+        operator=name,
+        calls=sum(e.calls for e in items),
+        matmul_flops=sum(e.matmul_flops for e in items),
+        other_flops=sum(e.other_flops for e in items),
+        read_bytes=sum(e.read_bytes for e in items),
+        write_bytes=sum(e.write_bytes for e in items),
+    )
