@@ -1,0 +1,11 @@
+"""The forms. To add one: a file here, a line here, a test file that subclasses FormConformance."""
+
+from perjoule.compress.forms.base import Form as Form
+from perjoule.compress.forms.base import Metric as Metric
+from perjoule.compress.forms.base import Packed as Packed
+from perjoule.compress.forms.channels import Channels as Channels
+from perjoule.compress.forms.grid import Grid as Grid
+from perjoule.compress.forms.lowrank import LowRank as LowRank
+from perjoule.compress.forms.sparse import Sparse as Sparse
+
+FORMS: dict[str, type[Form]] = {form.__name__: form for form in (Grid, Sparse, LowRank, Channels)}

@@ -1,0 +1,297 @@
+"""Apply: a recipe and an untouched model in, the compressed model and the record of every change out.
+
+Steps are applied in order to a copy. Structural steps (channels, low rank) make plain, smaller modules; the others
+write the decoded weights back, so that the result computes in any framework exactly what its codes stand for.
+Quantised activations are hooks on the copy (`Compressed.model`) and become operators in the exported file.
+
+What the bias can absorb it absorbs: after each step  b += (W - Ŵ) E[x]  (bias correction, Nagel et al. 2019,
+arXiv:1906.04721, section 4.2), and weights are fitted to what is left.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perjoule.compress.fit import FITS
+from perjoule.compress.forms import FORMS, Channels, Form, Grid, LowRank, Metric, Packed
+from perjoule.compress.forms.base import from_config
+from perjoule.compress.forms.channels import ChannelsPacked
+from perjoule.compress.forms.grid import ActivationGrid, GridPacked, dynamic
+from perjoule.compress.forms.lowrank import LowRankPacked
+from perjoule.compress.groups import Group
+from perjoule.compress.saliency import SALIENCIES, Statistics
+from perjoule.compress.sites import Site
+from perjoule.compress.stream import TableStatistics
+from perjoule.core.errors import ConfigError, NothingMatched
+from perjoule.core.record import Recipe, Record, Step
+
+Known = Mapping[str, Statistics | TableStatistics]
+
+
+def metric_for(
+    site: Site, w_OI: Tensor, saliency: str, stats: Statistics | TableStatistics | None, seed: int
+) -> Metric:
+    """The metric of one matrix; embeddings weigh rows by how often they are read."""
+    if saliency not in SALIENCIES:
+        raise ConfigError(f"unknown saliency '{saliency}'; known: {', '.join(SALIENCIES)}")
+    if isinstance(stats, TableStatistics):
+        g_D = stats.g_D if stats.g_D is not None else torch.ones(w_OI.shape[1])
+        return Metric(diagonal_OI=g_D[None], rows_O=stats.p_V)
+    if stats is None and saliency not in ("identity", "random"):
+        raise ConfigError(f"{site.name}: saliency '{saliency}' needs calibration data; use identity")
+    generator = torch.Generator().manual_seed(seed)
+    return SALIENCIES[saliency].metric(w_OI, stats, generator)
+
+
+@dataclass(kw_only=True, eq=False)
+class Compressed:
+    """A model after a recipe."""
+
+    model: nn.Module
+    """Computes with decoded weights and, through hooks, quantised activations."""
+    packed: dict[str, list[Packed]] = field(default_factory=dict)
+    """Codes per site, one per matrix; sites that stay float are absent."""
+    records: list[Record] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def plain(self) -> nn.Module:
+        """A copy without activation hooks, for export."""
+        model = copy.deepcopy(self.model)
+        for module in model.modules():
+            module._forward_pre_hooks.clear()
+        return model
+
+
+class Applier:
+    """Applies recipes to one model; statistics are gathered once and shared."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], groups: Sequence[Group], stats: Known) -> None:
+        self.model = model
+        self.sites = {s.name: s for s in sites}
+        self.groups = {g.name: g for g in groups}
+        self.stats = stats
+
+    def apply(self, recipe: Recipe) -> Compressed:
+        """`recipe` on a copy of the model. Raises NothingMatched for a step that names no site of it."""
+        result = Compressed(model=copy.deepcopy(self.model), recipe=recipe)
+        work = _Work(result, dict(self.sites), dict(self.stats), recipe.seed)
+        for step in recipe.steps:
+            form = from_config(step.form, FORMS)
+            if not step.sites:
+                raise NothingMatched(f"step {form.describe()} names no site")
+            for name in step.sites:
+                if isinstance(form, Channels):
+                    if name not in self.groups:
+                        raise NothingMatched(f"no channel group '{name}'; known: {', '.join(self.groups) or 'none'}")
+                    work.cut(self.groups[name], form, step)
+                else:
+                    if name not in work.sites:
+                        raise NothingMatched(f"no site '{name}'; known: {', '.join(work.sites)}")
+                    work.fit(work.sites[name], form, step)
+        return result
+
+
+class _Work:
+    """State of one application."""
+
+    def __init__(self, result: Compressed, sites: dict[str, Site], stats: dict[str, Any], seed: int) -> None:
+        self.result, self.sites, self.stats, self.seed = result, sites, stats, seed
+
+    def cut(self, group: Group, form: Channels, step: Step) -> None:
+        """Remove channels between producer and consumer."""
+        model, consumer, producer = self.result.model, self.sites[group.consumer], self.sites[group.producer]
+        module = consumer.module(model)
+        w_OI = consumer.matrices(model)[0].clone()
+        stats = _centred(self.stats.get(consumer.name), module)
+        packed = FITS[step.fit](form, w_OI, metric_for(consumer, w_OI, step.saliency, stats, self.seed))
+        assert isinstance(packed, ChannelsPacked)
+        _absorb(module, w_OI - packed.dense(), stats)
+        before = {s.name: s.shape for s in (producer, consumer)}
+        _shrink_inputs(model, consumer, packed)
+        _shrink_outputs(model, producer, packed.keep_K)
+        for norm in group.norms:
+            _shrink_norm(model.get_submodule(norm), packed.keep_K)
+        if isinstance(self.stats.get(consumer.name), Statistics):
+            self.stats[consumer.name] = self.stats[consumer.name].of(packed.columns())
+        of_producer = self.stats.get(producer.name)
+        if isinstance(of_producer, Statistics) and of_producer.g_O is not None:
+            self.stats[producer.name] = _with_outputs(of_producer, packed.keep_K)
+        for old in (producer, consumer):
+            shape = tuple(old.matrices(model)[0].shape)
+            self.sites[old.name] = Site(
+                name=old.name, kind=old.kind, layer=old.layer, parameters=old.parameters, shapes=(shape,)
+            )
+            kept = f"{len(packed.keep_K)} of {group.channels} channels"
+            what = f"{kept} out" if old is producer else f"{kept} in"
+            self._record(old, what, step, form, before[old.name], shape, 4 * shape[0] * shape[1])
+
+    def fit(self, site: Site, form: Form, step: Step) -> None:
+        """Put one site into a form."""
+        model = self.result.model
+        module = site.module(model)
+        stats = _centred(self.stats.get(site.name), module)
+        found: list[Packed] = []
+        decoded: list[Tensor] = []
+        for number, w_OI in enumerate(site.matrices(model)):
+            w_OI = w_OI.clone()
+            packed = FITS[step.fit](form, w_OI, metric_for(site, w_OI, step.saliency, stats, self.seed + number))
+            _absorb(module, w_OI - packed.dense(), stats)
+            found.append(packed)
+            decoded.append(packed.dense())
+        if isinstance(form, LowRank):
+            assert isinstance(found[0], LowRankPacked)
+            self._factorise(site, found[0], form, step)
+            return
+        site.write(model, decoded)
+        if isinstance(form, Grid):
+            self._activations(site, module, form, found)
+        self.result.packed[site.name] = found
+        after = sum(p.nbytes for p in found)
+        self._record(site, form.describe(), step, form, site.shape, site.shape, after)
+
+    def _activations(self, site: Site, module: nn.Module, form: Grid, found: list[Packed]) -> None:
+        if form.activations == "none" or site.kind in ("table", "recurrent"):
+            return  # recurrent layers quantise inside the runtime's fused operator; see export
+        if form.activations == "dynamic":
+            self.result.hooks.append(module.register_forward_pre_hook(quantise_input(dynamic)))
+            return
+        stats = self.stats.get(site.name)
+        if not isinstance(stats, Statistics):
+            raise ConfigError(f"{site.name}: static activations need calibration data")
+        grid = ActivationGrid.over(stats.low, stats.high)
+        for packed in found:
+            assert isinstance(packed, GridPacked)
+            packed.activation = grid
+        self.result.hooks.append(module.register_forward_pre_hook(quantise_input(grid.apply)))
+
+    def _factorise(self, site: Site, packed: LowRankPacked, form: LowRank, step: Step) -> None:
+        """One Linear becomes two: `name.0` (I -> r, no bias) and `name.1` (r -> O)."""
+        model, module = self.result.model, site.module(self.result.model)
+        if not isinstance(module, nn.Linear):
+            raise ConfigError(f"{site.name}: low rank is for linear layers, not {site.layer}")
+        rank, columns = packed.b_rI.shape
+        first, second = (
+            nn.Linear(columns, rank, bias=False),
+            nn.Linear(rank, site.shape[0], bias=module.bias is not None),
+        )
+        with torch.no_grad():
+            first.weight.copy_(packed.b_rI)
+            second.weight.copy_(packed.a_Or)
+            if module.bias is not None:
+                second.bias.copy_(module.bias)
+        model.set_submodule(site.name, nn.Sequential(first, second))
+        self._record(site, form.describe(), step, form, site.shape, site.shape, packed.nbytes)
+        del self.sites[site.name]
+        stats = self.stats.pop(site.name, None)
+        for part, layer in (("0", first), ("1", second)):
+            shape = (layer.out_features, layer.in_features)
+            name = f"{site.name}.{part}"
+            self.sites[name] = Site(name=name, kind="linear", layer="Linear", parameters=("weight",), shapes=(shape,))
+            if isinstance(stats, Statistics):
+                self.stats[name] = stats if part == "0" else _through(stats, packed.b_rI)
+
+    def _record(
+        self,
+        site: Site,
+        what: str,
+        step: Step,
+        form: Form,
+        before: tuple[int, ...],
+        after: tuple[int, ...],
+        bytes_after: int,
+    ) -> None:
+        saliency = SALIENCIES[step.saliency]
+        self.result.records.append(
+            Record(
+                site=site.name,
+                kind=site.layer,
+                form=what,
+                fit=f"{step.fit}, {step.saliency} saliency",
+                cite=form.cite + (saliency.cite if step.saliency not in ("identity", "random") else ()),
+                shape_before=before,
+                shape_after=after,
+                bytes_before=4 * site.weights,
+                bytes_after=bytes_after,
+                damage=0.0,
+            )
+        )
+
+
+def quantise_input(grid: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """A forward pre-hook that puts a layer's input on `grid`."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (grid(args[0]), *args[1:])
+
+    return hook
+
+
+def _centred(stats: Any, module: nn.Module) -> Any:
+    has_bias = getattr(module, "bias", None) is not None and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+    return stats.centred() if isinstance(stats, Statistics) and has_bias else stats
+
+
+def _absorb(module: nn.Module, e_OI: Tensor, stats: Any) -> None:
+    if (
+        isinstance(stats, Statistics)
+        and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+        and module.bias is not None
+    ):
+        with torch.no_grad():
+            module.bias += e_OI @ stats.mean_I
+
+
+def _with_outputs(stats: Statistics, keep_K: Tensor) -> Statistics:
+    fewer = copy.copy(stats)
+    fewer.g_O = stats.g_O[keep_K] if stats.g_O is not None else None
+    return fewer
+
+
+def _through(stats: Statistics, b_rI: Tensor) -> Statistics:
+    """Statistics behind a linear map: the second factor's inputs are B x. Its range is bounded by 6 sigma."""
+    h, mean = b_rI @ stats.h_II @ b_rI.T, b_rI @ stats.mean_I
+    reach = float((6 * h.diagonal().clamp_min(0).sqrt()).max())
+    return Statistics(
+        h_II=h, mean_I=mean, g_O=stats.g_O, low=-reach, high=reach, step2=(2 * reach / 255) ** 2, rows=stats.rows
+    )
+
+
+def _shrink_inputs(model: nn.Module, site: Site, packed: ChannelsPacked) -> None:
+    module = site.module(model)
+    if isinstance(module, nn.Linear):
+        module.weight = nn.Parameter(packed.w_OK.clone())
+        module.in_features = packed.w_OK.shape[1]
+        return
+    assert isinstance(module, nn.Conv1d | nn.Conv2d)
+    kernel = module.weight.shape[2:]
+    module.weight = nn.Parameter(packed.w_OK.reshape(packed.w_OK.shape[0], -1, *kernel).clone())
+    module.in_channels = len(packed.keep_K)
+
+
+def _shrink_outputs(model: nn.Module, site: Site, keep_K: Tensor) -> None:
+    module = site.module(model)
+    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+    module.weight = nn.Parameter(module.weight.detach()[keep_K].clone())
+    if module.bias is not None:
+        module.bias = nn.Parameter(module.bias.detach()[keep_K].clone())
+    if isinstance(module, nn.Linear):
+        module.out_features = len(keep_K)
+    else:
+        module.out_channels = len(keep_K)
+
+
+def _shrink_norm(module: nn.Module, keep_K: Tensor) -> None:
+    for name in ("weight", "bias"):
+        if getattr(module, name) is not None:
+            setattr(module, name, nn.Parameter(getattr(module, name).detach()[keep_K].clone()))
+    for name in ("running_mean", "running_var"):
+        if getattr(module, name) is not None:
+            setattr(module, name, getattr(module, name)[keep_K].clone())
+    module.num_features = len(keep_K)  # type: ignore[assignment]

@@ -1,0 +1,109 @@
+"""Channels: whole inputs of a layer go, and with them the neurons or filters that produced them.
+
+Seen from the consumer, whose matrix w_O(C*b) has `block` b columns per channel, S is the set of matrices with only
+K of the C column blocks non-zero. The producer then needs only K outputs: both layers become smaller, plainly.
+
+    nearest        keep the K channels with the largest  sum over the block of M w^2
+    second-order   score of removing channel c:  tr(w_c ([H^-1]_cc)^-1 w_cᵀ)      (block optimal brain surgeon)
+                   the rest is refitted by least squares:  Ŵ = W H_:K (H_KK)^-1
+
+Cost     O(I^3) once for the scores, O(O I^2) for the refit.
+Saves    FLOPs and bytes of both layers, in every runtime, no special kernel needed.
+Bound    the refit is the optimal Ŵ for the chosen channels.
+Source   Li et al. 2017 (filter norms), arXiv:1608.08710; He et al. 2017 (least-squares refit), arXiv:1707.06168;
+         block scores: Kurtic et al. 2022 (oBERT), arXiv:2203.07259, eq. (6).
+Shapes   O outputs, C channels, b columns a channel, I = C b, K channels that stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from perjoule.compress.forms.base import DAMPING, Form, Metric, Packed
+from perjoule.core.errors import ConfigError
+
+
+@dataclass(kw_only=True, eq=False)
+class ChannelsPacked(Packed):
+    """The consumer's matrix over the channels that stay."""
+
+    w_OK: Tensor
+    """O x (K b), ready for the smaller layer."""
+    keep_K: Tensor
+    """Indices of the channels that stay, ascending."""
+    channels: int
+    """How many there were."""
+
+    def columns(self) -> Tensor:
+        """Indices of the columns that stay, of the original matrix."""
+        block = self.w_OK.shape[1] // len(self.keep_K)
+        return (self.keep_K[:, None] * block + torch.arange(block)).flatten()
+
+    def dense(self) -> Tensor:
+        rows, block = self.w_OK.shape[0], self.w_OK.shape[1] // len(self.keep_K)
+        w_OI = torch.zeros(rows, self.channels * block)
+        w_OI[:, self.columns()] = self.w_OK
+        return w_OI
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.w_OK}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channels(Form):
+    """Structured sparsity: fewer neurons, filters, units."""
+
+    keep: int = 1
+    """Channels that stay."""
+    block: int = 1
+    """Columns of the consumer per channel: kernel positions, or positions flattened into a linear layer."""
+
+    cite: ClassVar[tuple[str, ...]] = ("He et al. 2017, arXiv:1707.06168", "Kurtic et al. 2022, arXiv:2203.07259")
+
+    def __post_init__(self) -> None:
+        if self.keep < 1 or self.block < 1:
+            raise ConfigError(f"Channels(keep={self.keep}, block={self.block}): both must be at least 1")
+
+    def _channels(self, columns: int) -> int:
+        if columns % self.block or columns // self.block < self.keep:
+            raise ConfigError(f"Channels(keep={self.keep}, block={self.block}): {columns} columns do not hold that")
+        return columns // self.block
+
+    def nearest(self, w_OI: Tensor, metric: Metric) -> ChannelsPacked:
+        channels = self._channels(w_OI.shape[1])
+        error_OI = w_OI.square() * metric.diagonal_OI
+        if metric.rows_O is not None:
+            error_OI = error_OI * metric.rows_O[:, None]
+        score_C = error_OI.sum(0).reshape(channels, self.block).sum(1)
+        keep_K = score_C.topk(self.keep).indices.sort().values
+        packed = ChannelsPacked(w_OK=w_OI, keep_K=keep_K, channels=channels)
+        kept = (keep_K[:, None] * self.block + torch.arange(self.block)).flatten()
+        packed.w_OK = w_OI[:, kept]
+        return packed
+
+    def compensated(self, w_OI: Tensor, metric: Metric) -> ChannelsPacked:
+        assert metric.full_II is not None
+        channels, b = self._channels(w_OI.shape[1]), self.block
+        h = metric.full_II.double()
+        h = h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+        diagonal_Cbb = inverse.reshape(channels, b, channels, b).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        w_COb = w_OI.double().reshape(-1, channels, b).transpose(0, 1)
+        if metric.rows_O is not None:
+            w_COb = w_COb * metric.rows_O.double().sqrt()[None, :, None]
+        score_C = (w_COb @ torch.linalg.inv(diagonal_Cbb) * w_COb).sum((1, 2))
+        keep_K = score_C.topk(self.keep).indices.sort().values
+        kept = (keep_K[:, None] * b + torch.arange(b)).flatten()
+        refit = torch.linalg.solve(h[kept][:, kept], h[kept] @ w_OI.double().T).T
+        return ChannelsPacked(w_OK=refit.float(), keep_K=keep_K, channels=channels)
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        self._channels(columns)
+        return 4 * rows * self.keep * self.block
+
+    def describe(self) -> str:
+        return f"{self.keep} channels"

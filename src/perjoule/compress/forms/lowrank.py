@@ -1,0 +1,81 @@
+"""LowRank: W ~ A B with A (O x r) and B (r x I): two thin layers instead of one.
+
+    nearest        truncated SVD of  W D^(1/2),  D the metric's diagonal over inputs; B is scaled back
+    second-order   truncated SVD of  W S  with  S Sᵀ = H = E[x xᵀ];  Ŵ = trunc(W S) S^-1
+
+Cost     one SVD, O(O I min(O, I)).
+Saves    FLOPs and bytes by r (O + I) / (O I): a gain only below r = O I / (O + I).
+Bound    the second-order solution is optimal: tr((W-Ŵ) H (W-Ŵ)ᵀ) = sum of the squared singular values cut off.
+Source   Eckart & Young 1936; activation-aware: Yuan et al. 2023 (ASVD), arXiv:2312.05821; whitening: Wang et al. 2025
+         (SVD-LLM), arXiv:2403.07378, section 3.1.
+Shapes   O outputs, I inputs, r rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from perjoule.compress.forms.base import Form, Metric, Packed
+from perjoule.core.errors import ConfigError
+
+
+@dataclass(kw_only=True, eq=False)
+class LowRankPacked(Packed):
+    """The two factors."""
+
+    a_Or: Tensor
+    b_rI: Tensor
+
+    def dense(self) -> Tensor:
+        return self.a_Or @ self.b_rI
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"a": self.a_Or, "b": self.b_rI}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Form):
+    """Two thin factors."""
+
+    share: float = 0.5
+    """Parameters of the factors over those of the matrix, in (0, 1); fixes the rank."""
+
+    cite: ClassVar[tuple[str, ...]] = ("Wang et al. 2025 (SVD-LLM), arXiv:2403.07378",)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ConfigError(f"LowRank(share={self.share}): give a share of the parameters above 0 and below 1")
+
+    def rank(self, rows: int, columns: int) -> int:
+        """The rank that uses at most `share` of the parameters; a multiple of 8 where it can be."""
+        rank = int(self.share * rows * columns / (rows + columns))
+        return max(1, rank - rank % 8 if rank >= 16 else rank)
+
+    def nearest(self, w_OI: Tensor, metric: Metric) -> LowRankPacked:
+        d_I = metric.diagonal_OI.expand_as(w_OI).mean(0).clamp_min(torch.finfo(w_OI.dtype).tiny).sqrt()
+        a_Or, b_rI = _truncated(w_OI * d_I, self.rank(*w_OI.shape))
+        return LowRankPacked(a_Or=a_Or, b_rI=b_rI / d_I)
+
+    def compensated(self, w_OI: Tensor, metric: Metric) -> Packed:
+        assert metric.full_II is not None
+        # S from the eigenvectors of H, not from Cholesky: calibration data may span less than all of I.
+        value_I, vector_II = torch.linalg.eigh(metric.full_II.double())
+        root_I = value_I.clamp_min(value_I[-1] * 1e-9).sqrt()
+        a_Or, b_rI = _truncated(w_OI.double() @ (vector_II * root_I), self.rank(*w_OI.shape))
+        return LowRankPacked(a_Or=a_Or.float(), b_rI=((b_rI / root_I) @ vector_II.T).float())
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        return 4 * self.rank(rows, columns) * (rows + columns)
+
+    def describe(self) -> str:
+        return f"low rank, {100 * self.share:.0f} % of the parameters"
+
+
+def _truncated(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    u, s, vt = torch.linalg.svd(w_OI, full_matrices=False)
+    root = s[:rank].sqrt()  # shared between the factors, so that both are well scaled for a grid
+    return u[:, :rank] * root, root[:, None] * vt[:rank]

@@ -1,0 +1,57 @@
+"""Saliency: which errors of a weight matter. It turns what a site saw during calibration into a metric."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from perjoule.compress.forms.base import Metric
+
+
+@dataclass(kw_only=True, eq=False)
+class Statistics:
+    """What one matrix saw during calibration. Shapes: I inputs, O outputs, N sampled rows."""
+
+    h_II: Tensor
+    """E[x xᵀ] over rows (tokens, positions)."""
+    mean_I: Tensor
+    """E[x]; a layer with a bias absorbs the mean of its error into it."""
+    g_O: Tensor | None
+    """Sum over the rows of an example of E[g^2], g = d(v . output)/d(this layer's output), v ~ N(0, 1)."""
+    low: float
+    high: float
+    """Range of the inputs."""
+    step2: float
+    """Mean squared step of a u8 grid over each calibration batch's own range: what dynamic activations see."""
+    rows: int
+    """Rows accumulated into h_II."""
+
+    def centred(self) -> Statistics:
+        """Second moments about the mean: what is left to err about once the bias has absorbed the mean error."""
+        return replace(self, h_II=self.h_II - torch.outer(self.mean_I, self.mean_I))
+
+    def of(self, keep_K: Tensor) -> Statistics:
+        """The statistics of a subset of the inputs, as they stay when the others are pruned away."""
+        return replace(self, h_II=self.h_II[keep_K][:, keep_K], mean_I=self.mean_I[keep_K])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saliency(abc.ABC):
+    """From statistics to a metric."""
+
+    cite: ClassVar[tuple[str, ...]] = ()
+    needs_gradient: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def metric(self, w_OI: Tensor, stats: Statistics | None, generator: torch.Generator) -> Metric:
+        """The metric for `w_OI`. `stats` is None only for saliencies that look at nothing."""
+
+
+def column_means(stats: Statistics) -> Tensor:
+    """E[x^2] per input, as (1, I); inputs never seen get the smallest positive weight, not zero."""
+    d_I = stats.h_II.diagonal()
+    return d_I.clamp_min(float(d_I.max()) * 1e-8 or 1.0)[None]

@@ -1,0 +1,147 @@
+"""Sites: the places of a model where weights can become something else.
+
+Every weight-bearing layer is a site, or is listed as untreated with the reason: nothing is skipped in silence.
+A site shows its weight as one or several matrices w_OI, whatever the layer's own layout:
+
+    Linear      w_OI                            O outputs, I inputs
+    Conv1d/2d   w_O(I*k)                        k = kernel positions; columns ordered as F.unfold orders them
+    Embedding   w_VD                            V entries, D features; every row is read on its own
+    LSTM/GRU    one matrix per gate stack       weight_ih_l0, weight_hh_l0, weight_ih_l1 ... together one site
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from perjoule.core.record import Untreated
+
+SiteKind = Literal["linear", "conv", "table", "recurrent"]
+
+_NORMS = ("Norm",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One layer whose weights may be compressed."""
+
+    name: str
+    """Qualified module name."""
+    kind: SiteKind
+    layer: str
+    """Class name of the module."""
+    parameters: tuple[str, ...]
+    """Names of its weight parameters within the module, one per matrix."""
+    shapes: tuple[tuple[int, int], ...]
+    """Rows O and columns I of each matrix."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the only matrix; recurrent sites have several."""
+        return self.shapes[0]
+
+    @property
+    def weights(self) -> int:
+        return sum(o * i for o, i in self.shapes)
+
+    def module(self, model: nn.Module) -> nn.Module:
+        return model.get_submodule(self.name)
+
+    def matrices(self, model: nn.Module) -> list[Tensor]:
+        """The weights as w_OI, detached views of the parameters."""
+        module = self.module(model)
+        return [getattr(module, p).detach().flatten(1) for p in self.parameters]
+
+    def write(self, model: nn.Module, matrices: list[Tensor]) -> None:
+        """Put w_OI back into the parameters, in place."""
+        module = self.module(model)
+        with torch.no_grad():
+            for name, w_OI in zip(self.parameters, matrices, strict=True):
+                parameter = getattr(module, name)
+                parameter.copy_(w_OI.reshape(parameter.shape))
+
+
+def find(model: nn.Module) -> tuple[list[Site], list[Untreated]]:
+    """All sites in module order, and every other weight-bearing module with the reason it is none.
+
+    A tied weight belongs to its first module; the second one is listed as following it.
+    """
+    sites: list[Site] = []
+    untreated: list[Untreated] = []
+    owner: dict[int, str] = {}
+    for name, module in model.named_modules():
+        own = list(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        nbytes = sum(p.numel() * p.element_size() for _, p in own)
+        kind = type(module).__name__
+        first = next((owner[id(p)] for _, p in own if p.ndim > 1 and id(p) in owner), None)
+        if first is not None:
+            untreated.append(Untreated(site=name, kind=kind, reason=f"tied to {first}; left exact", nbytes=0))
+            sites = [s for s in sites if s.name != first] if kind != "Embedding" else sites
+            continue
+        owner.update({id(p): name for _, p in own})
+        site, reason = _site(name, module)
+        if site is not None:
+            sites.append(site)
+        else:
+            untreated.append(Untreated(site=name, kind=kind, reason=reason, nbytes=nbytes))
+    return sites, untreated
+
+
+def _site(name: str, module: nn.Module) -> tuple[Site | None, str]:
+    def made(kind: SiteKind, *parameters: str) -> Site:
+        shapes = tuple(_rows_columns(getattr(module, p)) for p in parameters)
+        return Site(name=name, kind=kind, layer=type(module).__name__, parameters=parameters, shapes=shapes)
+
+    if any(p.dtype != torch.float32 for p in module.parameters(recurse=False)):
+        return None, "weights are not float32"
+    if type(module) is nn.Linear:
+        return made("linear", "weight"), ""
+    if type(module) in (nn.Conv1d, nn.Conv2d):
+        assert isinstance(module, nn.Conv1d | nn.Conv2d)
+        if module.groups != 1:
+            return None, f"grouped convolution (groups={module.groups}) is not supported yet"
+        if module.padding_mode != "zeros":
+            return None, f"padding mode '{module.padding_mode}' is not supported yet"
+        return made("conv", "weight"), ""
+    if type(module) is nn.Embedding:
+        if module.max_norm is not None:
+            return None, "embedding with max_norm changes its weights when it is read"
+        return made("table", "weight"), ""
+    if isinstance(module, nn.LSTM | nn.GRU | nn.RNN):
+        if getattr(module, "proj_size", 0):
+            return None, "recurrent projection is not supported yet"
+        return made("recurrent", *(n for n, p in module.named_parameters(recurse=False) if p.ndim == 2)), ""
+    if any(mark in type(module).__name__ for mark in _NORMS):
+        return None, "normalisation: a few vectors, left exact"
+    return None, f"no form knows {type(module).__name__}"
+
+
+def _rows_columns(parameter: Tensor) -> tuple[int, int]:
+    return int(parameter.shape[0]), int(parameter.numel() // parameter.shape[0])
+
+
+def blocks(sites: list[Site]) -> Iterator[list[Site]]:
+    """Sites grouped by the repeated block that holds them ("encoder.layer.3"), in order.
+
+    Statistics of one block are in memory at a time; sites outside any repeated block form their own groups.
+    """
+
+    def block_of(site: Site) -> str:
+        parts = site.name.split(".")
+        number = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
+        return ".".join(parts[: number + 1]) if number is not None else site.name
+
+    group: list[Site] = []
+    for site in sites:
+        if group and block_of(group[-1]) != block_of(site):
+            yield group
+            group = []
+        group.append(site)
+    if group:
+        yield group
