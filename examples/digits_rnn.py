@@ -42,7 +42,7 @@ def workload() -> Workload:
     x_train, y_train, x_test, y_test = rows()
     with seeded(0):
         model = RowReader()
-    fit_classifier(model, x_train, y_train, epochs=12)
+    fit_classifier(model, x_train, y_train, epochs=30)
 
     def correct(logits: np.ndarray) -> np.ndarray:
         return (logits.argmax(1) == y_test.numpy()).astype(float)

@@ -57,6 +57,8 @@ class Compressed:
     """Computes with decoded weights and, through hooks, quantised activations."""
     packed: dict[str, list[Packed]] = field(default_factory=dict)
     """Codes per site, one per matrix; sites that stay float are absent."""
+    sites: dict[str, Site] = field(default_factory=dict)
+    """The sites as they are now: cut, factorised, or as before."""
     records: list[Record] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
     recipe: Recipe = field(default_factory=Recipe)
@@ -80,8 +82,8 @@ class Applier:
 
     def apply(self, recipe: Recipe) -> Compressed:
         """`recipe` on a copy of the model. Raises NothingMatched for a step that names no site of it."""
-        result = Compressed(model=copy.deepcopy(self.model), recipe=recipe)
-        work = _Work(result, dict(self.sites), dict(self.stats), recipe.seed)
+        result = Compressed(model=copy.deepcopy(self.model), recipe=recipe, sites=dict(self.sites))
+        work = _Work(result, dict(self.stats), recipe.seed)
         for step in recipe.steps:
             form = from_config(step.form, FORMS)
             if not step.sites:
@@ -101,8 +103,8 @@ class Applier:
 class _Work:
     """State of one application."""
 
-    def __init__(self, result: Compressed, sites: dict[str, Site], stats: dict[str, Any], seed: int) -> None:
-        self.result, self.sites, self.stats, self.seed = result, sites, stats, seed
+    def __init__(self, result: Compressed, stats: dict[str, Any], seed: int) -> None:
+        self.result, self.sites, self.stats, self.seed = result, result.sites, stats, seed
 
     def cut(self, group: Group, form: Channels, step: Step) -> None:
         """Remove channels between producer and consumer."""
@@ -124,7 +126,8 @@ class _Work:
         if isinstance(of_producer, Statistics) and of_producer.g_O is not None:
             self.stats[producer.name] = _with_outputs(of_producer, packed.keep_K)
         for old in (producer, consumer):
-            shape = tuple(old.matrices(model)[0].shape)
+            rows, columns = old.matrices(model)[0].shape
+            shape = (rows, columns)
             self.sites[old.name] = Site(
                 name=old.name, kind=old.kind, layer=old.layer, parameters=old.parameters, shapes=(shape,)
             )

@@ -16,6 +16,7 @@ J_PER_KWH = 3.6e6
 
 _SCALES = [(1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")]
 _SMALL = [(1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n")]
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _BYTES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 _BYTES |= {"kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30, "tib": 2.0**40}
 _SECONDS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
@@ -31,7 +32,8 @@ def figure(value: float, unit: str = "", digits: int = 3) -> str:
     if size == 0:
         scale, prefix = 1.0, ""
     shown = value / scale
-    decimals = max(0, digits - 1 - (math.floor(math.log10(abs(shown))) if shown else 0))
+    exponent = int(f"{shown:.{digits - 1}e}".split("e")[1])  # after rounding: 9.996 has two digits before the point
+    decimals = max(0, digits - 1 - exponent)
     return f"{shown:.{decimals}f} {prefix}{unit}".strip()
 
 
@@ -63,6 +65,18 @@ def percent(value: float, digits: int = 1) -> str:
 def times(value: float) -> str:
     """A ratio for people: 4.213 -> "4.2×"."""
     return f"{value:.1f}×" if value >= 1 else f"{value:.2f}×"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A bare number for people, without a unit: 0.82534 -> "0.825", 0.00012 -> "1.20×10⁻⁴"."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    if -2 <= int(exponent) < 6:
+        return f"{value:.{max(0, digits - 1 - int(exponent))}f}"
+    return f"{mantissa}×10{str(int(exponent)).translate(_RAISED)}"
 
 
 def _number_and_unit(text: str, what: str, allowed: str) -> tuple[float, str]:

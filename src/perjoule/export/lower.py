@@ -1,0 +1,292 @@
+"""Lowering: the codes of a compressed site become ONNX operators that runtimes execute in integers.
+
+    int8, dynamic   DynamicQuantizeLinear -> MatMulInteger / ConvInteger -> scale -> bias
+    int8, static    QuantizeLinear -> DequantizeLinear -> MatMul / Conv over DequantizeLinear(codes)   ("QDQ")
+    int8, weights   MatMul / Conv over DequantizeLinear(codes)
+    int4, groups    MatMul over DequantizeLinear(int4 codes, block_size = group)
+    tables          Gather codes and scales, multiply; int4 codes are unpacked by nibble behind the Gather
+    sparse          sparse initializer
+    recurrent       see recurrent.py
+
+Standard ONNX operators of opset 21. Every tensor that is stored is one of Packed.tensors(), byte for byte; the few
+shape constants added carry the prefix that counts them to the container.
+Shapes   O outputs, I inputs, V entries, D features, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
+
+from perjoule.compress.forms import Packed
+from perjoule.compress.forms.grid import ActivationGrid, GridPacked
+from perjoule.compress.forms.sparse import SparsePacked
+from perjoule.compress.sites import Site
+from perjoule.core.errors import ExportError
+from perjoule.export.graph import CONSTANT, Graph, prune
+
+
+class Writer:
+    """Emits nodes and constants for one graph; knows what it has already emitted for an input."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.before: dict[str, list[NodeProto]] = {}
+        """New nodes by first output of the node they replace."""
+        self.stored: set[str] = {t.name for t in graph.graph.initializer}
+        self.made: dict[Any, Any] = {}
+        self._serial = 0
+        self._place: list[NodeProto] = []
+
+    def at(self, node: NodeProto) -> None:
+        """Emit in place of `node` from now on."""
+        self._place = self.before.setdefault(node.output[0], [])
+
+    def emit(self, op: str, *inputs: str, outputs: Sequence[str] = (), domain: str = "", **attributes: Any) -> str:
+        """Add a node; returns its first output."""
+        self._serial += 1
+        names = list(outputs) or [f"pj{self._serial}"]
+        self._place.append(helper.make_node(op, list(inputs), names, domain=domain, **attributes))
+        return names[0]
+
+    def keep(self, node: NodeProto) -> None:
+        """Add a node as it is."""
+        self._place.append(node)
+
+    def store(self, name: str, array: Any) -> str:
+        """Add a constant once; returns its name."""
+        if name not in self.stored:
+            tensor = numpy_helper.from_array(np.asarray(array, order="C"), name)
+            self.graph.graph.initializer.append(tensor)
+            self.stored.add(name)
+        return name
+
+    def constant(self, value: Any, dtype: type) -> str:
+        """A small constant of the container."""
+        array: Any = np.asarray(value, dtype=dtype)
+        return self.store(f"{CONSTANT}{array.dtype}{array.tolist()}".replace(" ", ""), array)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """`make()` at its first use; inputs shared by several layers are quantised once."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+    def finish(self) -> None:
+        """Put the new nodes where the replaced ones were, and drop what nobody reads any more."""
+        nodes: list[NodeProto] = []
+        for node in self.graph.graph.node:
+            nodes += self.before.get(node.output[0], [node])
+        kept = [detached(n) for n in nodes]
+        del self.graph.graph.node[:]
+        self.graph.graph.node.extend(kept)
+        prune(self.graph.graph)
+
+
+def detached(node: NodeProto) -> NodeProto:
+    """A node detached from its graph, so that the graph's list can be rebuilt."""
+    fresh = NodeProto()
+    fresh.CopyFrom(node)
+    return fresh
+
+
+def lower_matrix(writer: Writer, site: Site, packed: Packed, activations: str) -> None:
+    """Rewrite every node of a Linear or Conv site. Raises ExportError if its nodes are not found."""
+    kinds = ("Conv",) if site.kind == "conv" else ("MatMul", "Gemm")
+    nodes = [n for n in writer.graph.nodes_in(site.name, kinds) if _reads_weight(writer, n, site)]
+    if not nodes:
+        raise ExportError(f"{site.name}: its {' or '.join(kinds)} is not found in the exported graph")
+    for node in nodes:
+        writer.at(node)
+        if isinstance(packed, SparsePacked):
+            _sparse(writer, node, site, packed)
+        elif isinstance(packed, GridPacked):
+            (_conv if site.kind == "conv" else _linear)(writer, node, site, packed, activations)
+        else:
+            raise ExportError(f"{site.name}: no lowering for {type(packed).__name__}")
+
+
+def _reads_weight(writer: Writer, node: NodeProto, site: Site) -> bool:
+    weight = next((t for t in writer.graph.graph.initializer if t.name == node.input[1]), None)
+    return weight is not None and int(np.prod(weight.dims)) == site.shape[0] * site.shape[1]
+
+
+def _attribute(node: NodeProto, name: str, default: Any) -> Any:
+    return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def _static_input(writer: Writer, x: str, grid: ActivationGrid, site: Site) -> str:
+    def make() -> str:
+        scale = writer.store(f"{site.name}.input_scale", np.float32(grid.scale))
+        zero = writer.store(f"{site.name}.input_zero", np.uint8(grid.zero))
+        return writer.emit("DequantizeLinear", writer.emit("QuantizeLinear", x, scale, zero), scale, zero)
+
+    # Layers that share an input have equal grids, but each stores its own, as predicted.
+    return str(make())
+
+
+def _dynamic_input(writer: Writer, x: str) -> tuple[str, str, str]:
+    def make() -> tuple[str, str, str]:
+        names = (f"{x}.q", f"{x}.scale", f"{x}.zero")
+        writer.emit("DynamicQuantizeLinear", x, outputs=names)
+        return names
+
+    found: tuple[str, str, str] = writer.once(("dynamic", x), make)
+    return found
+
+
+def _linear(writer: Writer, node: NodeProto, site: Site, packed: GridPacked, activations: str) -> None:
+    x, out = node.input[0], node.output[0]
+    bias = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
+    plain = float(_attribute(node, "alpha", 1.0)) == 1.0 and float(_attribute(node, "beta", 1.0)) == 1.0
+    if not plain or _attribute(node, "transA", 0):
+        raise ExportError(f"{site.name}: a scaled or transposed Gemm is not supported")
+    product = f"{out}.product" if bias else out
+    if activations == "dynamic":
+        q = writer.store(f"{site.name}.codes", packed.q_OI.numpy().T)
+        s_O = writer.store(f"{site.name}.scales", packed.s_OG[:, 0].numpy())
+        xq, xs, xz = _dynamic_input(writer, x)
+        sums = writer.emit("Cast", writer.emit("MatMulInteger", xq, q, xz), to=TensorProto.FLOAT)
+        writer.emit("Mul", sums, writer.emit("Mul", xs, s_O), outputs=[product])
+    else:
+        if packed.activation is not None:
+            x = _static_input(writer, x, packed.activation, site)
+        writer.emit("MatMul", x, _decoded(writer, site, packed), outputs=[product])
+    if bias:
+        writer.emit("Add", product, bias, outputs=[out])
+
+
+def _decoded(writer: Writer, site: Site, packed: GridPacked) -> str:
+    """DequantizeLinear over codes stored as (I, O)."""
+    if packed.bits == 8 and packed.s_OG.shape[1] == 1:
+        q = writer.store(f"{site.name}.codes", packed.q_OI.numpy().T)
+        s = writer.store(f"{site.name}.scales", packed.s_OG[:, 0].numpy())
+        return str(writer.once(("decoded", site.name), lambda: writer.emit("DequantizeLinear", q, s, axis=1)))
+    import ml_dtypes
+
+    rows, columns = packed.q_OI.shape
+    s_GO = packed.s_OG.numpy().T
+    kind: Any = ml_dtypes.int4 if packed.bits == 4 else np.int8
+    q = writer.store(f"{site.name}.codes", packed.q_OI.numpy().T.astype(kind))
+    s = writer.store(f"{site.name}.scales", s_GO)
+    block = columns // s_GO.shape[0]
+    if packed.bits == 4 and rows % 2 and columns % 2:
+        raise ExportError(f"{site.name}: an odd number of int4 codes cannot be packed")
+    return str(
+        writer.once(("decoded", site.name), lambda: writer.emit("DequantizeLinear", q, s, axis=0, block_size=block))
+    )
+
+
+def _conv(writer: Writer, node: NodeProto, site: Site, packed: GridPacked, activations: str) -> None:
+    if packed.bits != 8 or packed.s_OG.shape[1] != 1:
+        raise ExportError(
+            f"{site.name}: convolutions have one 8-bit scale per channel, not {packed.bits} bits in groups"
+        )
+    x, out = node.input[0], node.output[0]
+    bias = node.input[2] if len(node.input) > 2 else ""
+    weight = next(t for t in writer.graph.graph.initializer if t.name == node.input[1])
+    shape = tuple(weight.dims)
+    q = writer.store(f"{site.name}.codes", packed.q_OI.numpy().reshape(shape))
+    s = writer.store(f"{site.name}.scales", packed.s_OG[:, 0].numpy())
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if activations == "dynamic":
+        spread = writer.constant([-1, *[1] * (len(shape) - 2)], np.int64)
+        xq, xs, xz = _dynamic_input(writer, x)
+        sums = writer.emit("Cast", writer.emit("ConvInteger", xq, q, xz, **attributes), to=TensorProto.FLOAT)
+        scale = writer.emit("Reshape", writer.emit("Mul", xs, s), spread)
+        scaled = writer.emit("Mul", sums, scale, outputs=[f"{out}.product" if bias else out])
+        if bias:
+            writer.emit("Add", scaled, writer.emit("Reshape", bias, spread), outputs=[out])
+        return
+    if packed.activation is not None:
+        x = _static_input(writer, x, packed.activation, site)
+    decoded = writer.once(("decoded", site.name), lambda: writer.emit("DequantizeLinear", q, s, axis=0))
+    writer.emit("Conv", x, decoded, *([bias] if bias else []), outputs=[out], **attributes)
+
+
+def _sparse(writer: Writer, node: NodeProto, site: Site, packed: SparsePacked) -> None:
+    """The weight constant becomes a sparse one, in the layout the node reads."""
+    dense = next(t for t in writer.graph.graph.initializer if t.name == node.input[1])
+    turned = site.kind == "linear" and not (node.op_type == "Gemm" and _attribute(node, "transB", 0))
+    mask = packed.mask_OI.numpy().T if turned else packed.mask_OI.numpy()
+    array = packed.w_OI.numpy().T if turned else packed.w_OI.numpy()
+    where = np.flatnonzero(np.ascontiguousarray(mask))
+    values = np.ascontiguousarray(array).reshape(-1)[where]
+    name = f"{site.name}.sparse"
+    if name not in writer.stored:
+        sparse = SparseTensorProto()
+        sparse.values.CopyFrom(numpy_helper.from_array(values, name))
+        sparse.indices.CopyFrom(numpy_helper.from_array(where.astype(np.int64), f"{name}.indices"))
+        sparse.dims.extend(dense.dims)
+        writer.graph.graph.sparse_initializer.append(sparse)
+        writer.stored.add(name)
+    fresh = detached(node)
+    fresh.input[1] = name
+    writer.keep(fresh)
+
+
+def lower_table(writer: Writer, site: Site, packed: Packed) -> None:
+    """Rewrite every Gather of an embedding."""
+    if not isinstance(packed, GridPacked):
+        raise ExportError(f"{site.name}: no lowering for {type(packed).__name__} tables")
+    nodes = [n for n in writer.graph.nodes_in(site.name, ("Gather",)) if _reads_table(writer, n, site)]
+    if not nodes:
+        raise ExportError(f"{site.name}: its Gather is not found in the exported graph")
+    groups = packed.s_OG.shape[1]
+    for node in nodes:
+        writer.at(node)
+        index, out = node.input[1], node.output[0]
+        s = writer.store(f"{site.name}.scales", packed.s_OG.numpy())
+        if packed.bits == 8:
+            q = writer.store(f"{site.name}.codes", packed.q_OI.numpy())
+            value = writer.emit("Cast", writer.emit("Gather", q, index), to=TensorProto.FLOAT)
+        else:
+            value = _unpacked(writer, site, packed, index)
+        scale = writer.emit("Gather", s, index)
+        if groups == 1:
+            writer.emit("Mul", value, scale, outputs=[out])
+            continue
+        blocks = writer.constant([-1, groups, site.shape[1] // groups], np.int64)
+        one = writer.constant([-1, groups, 1], np.int64)
+        scaled = writer.emit("Mul", writer.emit("Reshape", value, blocks), writer.emit("Reshape", scale, one))
+        writer.emit("Reshape", scaled, writer.emit("Shape", value), outputs=[out])
+
+
+def _unpacked(writer: Writer, site: Site, packed: GridPacked, index: str) -> str:
+    """int4 codes, offset by 8; the first half of a row in the low nibbles, the second half in the high ones."""
+    codes = packed.q_OI.numpy().astype(np.int16) + 8
+    half = codes.shape[1] // 2
+    q = writer.store(f"{site.name}.codes", (codes[:, :half] | (codes[:, half:] << 4)).astype(np.uint8))
+    pairs = writer.emit("Gather", q, index)
+    low = writer.emit("BitwiseAnd", pairs, writer.constant(15, np.uint8))
+    high = writer.emit("BitShift", pairs, writer.constant(4, np.uint8), direction="RIGHT")
+    both = writer.emit("Cast", writer.emit("Concat", low, high, axis=-1), to=TensorProto.FLOAT)
+    return writer.emit("Sub", both, writer.constant(8, np.float32))
+
+
+def _reads_table(writer: Writer, node: NodeProto, site: Site) -> bool:
+    table = next((t for t in writer.graph.graph.initializer if t.name == node.input[0]), None)
+    return table is not None and tuple(table.dims) == site.shape
+
+
+def lower(
+    graph: Graph,
+    sites: Mapping[str, Site],
+    packed: Mapping[str, Sequence[Packed]],
+    activations: Mapping[str, str],
+    recurrent: Callable[[Writer, Site, Sequence[Packed], str], None],
+) -> None:
+    """Rewrite all packed sites of `graph` in place. `activations` says how each site's inputs are quantised."""
+    writer = Writer(graph)
+    for name, found in packed.items():
+        site = sites[name]
+        if site.kind == "recurrent":
+            recurrent(writer, site, found, activations[name])
+        elif site.kind == "table":
+            lower_table(writer, site, found[0])
+        else:
+            lower_matrix(writer, site, found[0], activations[name])
+    writer.finish()
