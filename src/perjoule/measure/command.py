@@ -1,0 +1,98 @@
+"""Running a command under the meter, and staying out of its way.
+
+The command keeps our standard input, output and error, our environment, folder, open descriptors and process group,
+so that pipes, terminals and job control work as without us. Its exit code becomes ours; a command killed by
+signal n gives 128 + n, as in shells.
+
+Signals: TERM, HUP, USR1 and USR2 sent to us go on to the command, and so do INT and QUIT, unless a terminal sent them:
+then the command, being in the same group, has its own copy. We outlive all of them, to report.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+
+from perjoule.core.errors import BadInput
+from perjoule.core.reading import Boundary, Reading
+from perjoule.measure.meter import Meter
+
+_FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGQUIT")
+_FROM_KEYS = ("SIGINT", "SIGQUIT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A command that has run, and what it took."""
+
+    command: tuple[str, ...]
+    exit_code: int
+    reading: Reading
+
+
+def run(command: Sequence[str], *, boundary: Boundary = "host", stdout: int | None = None) -> Measured:
+    """Run `command` to its end under a meter. `stdout`: a descriptor for its standard output instead of ours.
+
+    Raises BadInput, before anything is measured, if there is no such command.
+    """
+    if not command:
+        raise BadInput("no command given; write: perjoule measure -- COMMAND [ARGUMENT ...]")
+    if shutil.which(command[0]) is None:
+        raise BadInput(f"cannot run '{command[0]}': no such command, or not executable")
+    pending: list[int] = []
+    child: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if not child:
+            pending.append(number)
+        elif not (signal.Signals(number).name in _FROM_KEYS and _in_foreground()):
+            with suppress(ProcessLookupError):
+                child[0].send_signal(number)
+
+    with _handling(pass_on), Meter(boundary=boundary) as meter:
+        try:
+            child.append(subprocess.Popen(list(command), stdout=stdout, close_fds=False))
+        except OSError as error:
+            raise BadInput(f"cannot run '{command[0]}': {error.strerror}") from error
+        for number in pending:
+            child[0].send_signal(number)
+        code = child[0].wait()
+        reading = meter.stop()
+    return Measured(command=tuple(command), exit_code=code if code >= 0 else 128 - code, reading=reading)
+
+
+@contextmanager
+def _handling(pass_on: signal._HANDLER) -> Iterator[None]:
+    """Our handlers for the time of the block; signals that were ignored (nohup) stay ignored."""
+    before: dict[int, signal._HANDLER] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in _FORWARDED:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _in_foreground() -> bool:
+    """Whether keys pressed on the terminal reach our process group, and so the command, by themselves."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)

@@ -1,0 +1,367 @@
+"""Meter: joules of a block of code, or of any number of short windows inside it.
+
+    with pj.Meter() as meter:
+        work()
+    meter.reading                      # Reading: time, energy with interval and history, parts, notes
+
+    with pj.Meter(pids=[server.pid]) as meter:
+        a = meter.mark()               # some microseconds, no thread, any thread
+        request()
+        b = meter.mark()
+        meter.between(a, b)            # windows may be adjacent, nested, overlapping
+
+Every sensor counts joules from the moment the meter starts; a mark is one reading of them all, and a window is the
+difference of two marks. So adjacent windows add up exactly, and nothing is lost between them. A background thread
+reads once a second as well: counters wrap, power and load must be integrated. It costs about 0.1 % of a core
+(benchmarks/meter_overhead.py).
+
+What is added up (boundary "host"): counters where there are any, the load model for the CPU where there is none,
+modelled memory, board and supply losses where no sensor covers them. The total takes the worst tag of its parts;
+`parts` shows each with its own. Boundary "device" leaves out board and losses.
+
+Errors at the edges: a counter renewed every p seconds may be off by its power times p over a window; this widens
+the interval of every window, not its value. A sensor that fails on the way is carried on at its mean power, marked
+as modelled, with a note; when it comes back, its counter covers the gap.
+
+Left out: other meters on the same machine see the same joules; energies of two processes that each measured the
+whole host must not be added.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from perjoule.core.errors import MeterError
+from perjoule.core.reading import Boundary, Estimate, How, Part, Reading, worst
+from perjoule.devices import choose, find
+from perjoule.devices.cpu_time import HostTime, TreeTime
+from perjoule.devices.remainder import Remainder, losses
+from perjoule.devices.sensor import Component, Found, Joules, Sensor
+
+CARRIED = (0.3, 2.0)
+"""Interval of energy carried on at mean power after a sensor failed, as factors on it."""
+
+CROWD = 0.1
+"""Others' share of the machine's CPU time from which a reading mentions it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One reading of every sensor of one meter."""
+
+    time_s: float
+    """On the meter's monotonic clock."""
+    joules: tuple[tuple[Joules, ...], ...]
+    """Per sensor, per term, since the meter started."""
+    failing: tuple[bool, ...]
+    """Per sensor: whether this is carried on rather than read."""
+    tree_s: float
+    """CPU seconds of the process tree."""
+    host_s: float
+    """CPU seconds of the whole machine."""
+    session: object
+    """The start of the meter that it belongs to."""
+
+
+class _Track:
+    """One sensor on its way through a session: survives failures."""
+
+    def __init__(self, sensor: Sensor) -> None:
+        self.sensor = sensor
+        self.total = tuple(Joules() for _ in sensor.terms)
+        self.failing = False
+        self.power_w = 0.0
+        self._good = self.total
+        self._good_s = math.nan
+        self._first_s = math.nan
+
+    def read(self, now_s: float) -> None:
+        try:
+            read = self.sensor.read(now_s)
+        except MeterError as error:
+            if math.isnan(self._first_s):
+                raise
+            if not self.failing:
+                self.sensor.note(f"{self.sensor.name} failed ({error}); its mean power is carried on")
+            self.failing = True
+            gap_s = now_s - self._good_s
+            known_s = self._good_s - self._first_s
+            rate = gap_s / known_s if known_s > 0 else 0.0
+            low, high = CARRIED
+            self.total = tuple(
+                g + Joules(g.value * rate, g.value * rate * low, g.value * rate * high) for g in self._good
+            )
+            return
+        if math.isnan(self._first_s):
+            self._first_s = now_s
+        elif now_s - self._good_s > self.sensor.period_s:
+            spent_j = sum(new.value - old.value for new, old in zip(read, self._good, strict=True))
+            self.power_w = spent_j / (now_s - self._good_s)
+        self.failing = False
+        self.total = self._good = read
+        self._good_s = now_s
+
+
+class Meter:
+    """Measures energy from `start` to `stop`, or over a `with` block. Thread-safe; meters may nest and overlap.
+
+    `pids`: processes that do the measured work besides this one and its children (a server, a container).
+    `boundary`: "host" for the whole machine, "device" for chips and memory without board and supply losses.
+    `hertz`: how often the background thread reads.
+    `sensors`: open sensors to use instead of the ones found; the meter closes them.
+    """
+
+    def __init__(
+        self,
+        *,
+        pids: Iterable[int] = (),
+        boundary: Boundary = "host",
+        hertz: float = 1.0,
+        sensors: Sequence[Sensor] | None = None,
+    ) -> None:
+        if boundary == "facility":
+            raise MeterError("no meter sees the facility; measure the host and multiply by the site's PUE")
+        if not (math.isfinite(hertz) and 0 < hertz <= 100):
+            raise MeterError(f"hertz {hertz:g}: give more than 0 and at most 100 readings per second")
+        self._pids = tuple(pids)
+        self._boundary = boundary
+        self._period_s = 1 / hertz
+        self._given = sensors
+        self._lock = threading.Lock()
+        self._session: object | None = None
+        self._tracks: list[_Track] = []
+        self._failed: list[str] = []
+        self._first: Mark | None = None
+        self._last: Mark | None = None
+
+    # -- session -------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> Self:
+        """Open the sensors and begin. A stopped meter may be started again, for a new measurement."""
+        with self._lock:
+            if self._session is not None:
+                raise MeterError("this meter is already running; use a second Meter to nest")
+            self._failed = []
+            self._tree = TreeTime(self._pids)
+            self._tracks = self._open()
+            self._host = HostTime()
+            self._session, self._last = object(), None
+            self._process = os.getpid()
+            self._stopping = threading.Event()
+            self._error: Exception | None = None
+            self._first = self._mark()
+            self._thread: threading.Thread | None = None
+            if self._gap_s() < math.inf:
+                self._thread = threading.Thread(target=self._watch, name="perjoule-meter", daemon=True)
+                self._thread.start()
+        return self
+
+    def stop(self) -> Reading:
+        """End the measurement and give back what was opened. Repeated, it returns the same reading."""
+        self._finish_gpu_work()
+        with self._lock:
+            running = self._session is not None and self._last is None
+            if running:
+                self._stopping.set()
+                self._last = self._mark()
+        if running and self._process == os.getpid():
+            if self._thread is not None and self._thread is not threading.current_thread():
+                self._thread.join()
+            with self._lock:
+                for track in self._tracks:
+                    track.sensor.close()
+                self._host.close()
+                self._session = None
+        return self.reading
+
+    def mark(self) -> Mark:
+        """Read every sensor now. Cheap; to be given to `between`."""
+        self._finish_gpu_work()
+        with self._lock:
+            if self._session is None or self._last is not None:
+                raise MeterError("the meter is not running; call mark() inside `with Meter() as meter:`")
+            if self._process != os.getpid():
+                raise MeterError("this meter was started in another process; make a Meter in each forked process")
+            return self._mark()
+
+    @property
+    def reading(self) -> Reading:
+        """What it took from start to stop; inside the block, so far."""
+        if self._first is None:
+            raise MeterError("nothing has been measured yet; use `with Meter() as meter:`")
+        return self.between(self._first, self._last or self.mark())
+
+    # -- windows -------------------------------------------------------------------------------------------------
+
+    def between(self, a: Mark, b: Mark) -> Reading:
+        """The reading of the window from mark `a` to mark `b` of this meter."""
+        assert self._first is not None
+        if a.session is not b.session or a.session is not self._first.session:
+            raise MeterError("these marks belong to another meter, or to an earlier run of this one")
+        if b.time_s < a.time_s:
+            raise MeterError("the second mark is older than the first; give them in order")
+        if self._error is not None:
+            raise self._error
+        span_s = b.time_s - a.time_s
+        parts: list[Part] = []
+        notes = list(self._failed)
+        covered: set[Component] = set()
+        for i, track in enumerate(self._tracks):
+            parts += _parts(track, a.joules[i], b.joules[i], b.failing[i], span_s)
+            notes += track.sensor.notes
+            covered |= track.sensor.covers
+        whole = "board" in covered
+        if self._boundary == "host" and any(isinstance(t.sensor, Remainder) for t in self._tracks):
+            lost = losses(_sum(parts))
+            parts.append(Part(name="supply losses", energy_j=_estimate(lost, "assumed", "typical supply losses")))
+        total = _sum(parts)
+        if whole and self._boundary == "device":
+            notes.append("the sensors cover the whole machine; chips and memory alone cannot be told apart")
+        notes += self._crowd(a, b)
+        return Reading(
+            time_s=Estimate.exact(span_s, "monotonic clock"),
+            energy_j=_estimate(total, worst(p.energy_j.how for p in parts), _sources(parts)),
+            boundary="host" if whole else "device",
+            parts=tuple(parts),
+            notes=tuple(dict.fromkeys(notes)),
+        )
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _open(self) -> list[_Track]:
+        """Tracks of the sensors to use, each read once; what cannot be opened is noted and replaced."""
+        if self._given is not None:
+            try:
+                return [_begin(s) for s in self._given]
+            except MeterError:
+                for sensor in self._given:
+                    sensor.close()
+                raise
+        known: list[Found] = find()
+        self._failed += [_unmeasured(f) for f in known if not f.works and f.covers]
+        while True:
+            opened: list[_Track] = []
+            for found in choose(known):
+                try:
+                    opened.append(_begin(found.open(self._pids)))
+                except MeterError as error:
+                    self._failed.append(f"{found.name} could not be opened: {error}")
+                    known = [f for f in known if f is not found]
+                    break
+            else:
+                break
+            for track in opened:
+                track.sensor.close()
+        wanted: set[Component] = {"memory", "board"} if self._boundary == "host" else {"memory"}
+        missing = frozenset(wanted.difference(*(t.sensor.covers for t in opened)))
+        return [*opened, _begin(Remainder(missing))] if missing else opened
+
+    def _mark(self) -> Mark:
+        """Read everything; the caller holds the lock."""
+        now_s = time.monotonic()
+        for track in self._tracks:
+            track.read(now_s)
+        return Mark(
+            now_s,
+            tuple(t.total for t in self._tracks),
+            tuple(t.failing for t in self._tracks),
+            self._tree.cpu_s(now_s),
+            self._host.busy_s(),
+            self._session,
+        )
+
+    def _finish_gpu_work(self) -> None:
+        """Kernels are launched asynchronously: wait for those of this process, if torch has any running."""
+        torch = sys.modules.get("torch")
+        if torch is None or not any("gpu" in t.sensor.covers for t in self._tracks):
+            return
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+    def _gap_s(self) -> float:
+        """How long the most demanding sensor may be left alone; a sensor may come to demand more."""
+        return min((t.sensor.max_gap_s for t in self._tracks), default=math.inf)
+
+    def _watch(self) -> None:
+        """The background thread."""
+        while not self._stopping.wait(min(self._gap_s(), self._period_s)):
+            with self._lock:
+                if self._last is not None:
+                    return
+                try:
+                    now_s = time.monotonic()
+                    for track in self._tracks:
+                        track.read(now_s)
+                except Exception as error:  # noqa: BLE001 - a thread has nobody to tell; `between` raises it
+                    self._error = error
+                    return
+
+    def _crowd(self, a: Mark, b: Mark) -> list[str]:
+        busy_s, tree_s = b.host_s - a.host_s, b.tree_s - a.tree_s
+        span_s = b.time_s - a.time_s
+        cpus = self._host.cpus
+        others_s = busy_s - tree_s
+        if span_s < 1.0 or others_s < CROWD * cpus * span_s:
+            return []
+        return [f"other processes used {others_s / span_s:.1f} of {cpus} CPUs meanwhile; their energy is in the total"]
+
+
+def _begin(sensor: Sensor) -> _Track:
+    track = _Track(sensor)
+    try:
+        track.read(time.monotonic())
+    except MeterError:
+        sensor.close()
+        raise
+    return track
+
+
+def _unmeasured(found: Found) -> str:
+    """What a missing sensor means for the figure."""
+    text = f"{found.name}: {found.why}"
+    return f"{text}; GPU energy is not in the total" if "gpu" in found.covers else text
+
+
+def _parts(track: _Track, a: tuple[Joules, ...], b: tuple[Joules, ...], failing: bool, span_s: float) -> list[Part]:
+    sensor = track.sensor
+    how: How = worst((sensor.how, "modelled")) if failing else sensor.how
+    spent = [later.since(earlier) for earlier, later in zip(a, b, strict=True)]
+    total = sum(j.value for j in spent)
+    edge_j = sensor.period_s * max(track.power_w, total / span_s if span_s > 0 else 0.0)
+    found = []
+    for name, joules in zip(sensor.terms, spent, strict=True):
+        edge = edge_j * (joules.value / total if total > 0 else 1 / len(spent))
+        wider = Joules(joules.value, max(joules.low - edge, 0.0), joules.high + edge)
+        found.append(Part(name=name, energy_j=_estimate(wider, how, sensor.source)))
+    return found
+
+
+def _estimate(joules: Joules, how: How, source: str) -> Estimate:
+    return Estimate(value=joules.value, low=joules.low, high=joules.high, how=how, source=source)
+
+
+def _sum(parts: Sequence[Part]) -> Joules:
+    joules = [p.energy_j for p in parts]
+    value = math.fsum(j.value for j in joules)
+    low, high = math.fsum(j.low for j in joules), math.fsum(j.high for j in joules)
+    return Joules(value, min(low, value), max(high, value))
+
+
+def _sources(parts: Sequence[Part]) -> str:
+    return " + ".join(dict.fromkeys(p.energy_j.source for p in parts))

@@ -1,0 +1,114 @@
+"""Allocation: which option for every site and which width for every group, exactly, under the budget.
+
+    minimise    sum of cost of the choices
+    subject to  one choice per site
+                a producer's outputs are its consumer's inputs, for every group
+                sum of damages <= D,   sum of bytes <= K
+
+A choice of a site is (form, channels in, channels out), so that forms and widths of all families are chosen jointly;
+groups that share a site (chains of convolutions) are linked through it. It is a multiple-choice knapsack with linking
+equalities, solved to optimality with HiGHS (Huangfu & Hall 2018, MPC 10:119) through scipy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from perjoule.search.menu import Option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One way to treat one site at given widths."""
+
+    site: str
+    option: Option
+    width_in: int
+    """Channels of the group that this site consumes; 0 if it consumes none."""
+    width_out: int
+    """Channels of the group that this site produces; 0 if it produces none."""
+    damage: float
+    nbytes: int
+    cost: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """Producer and consumer of one channel group."""
+
+    producer: str
+    consumer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """The chosen option of every site."""
+
+    choices: tuple[Choice, ...]
+
+    @property
+    def damage(self) -> float:
+        return sum(c.damage for c in self.choices)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(c.nbytes for c in self.choices)
+
+    @property
+    def cost(self) -> float:
+        return sum(c.cost for c in self.choices)
+
+
+Value = Callable[[Choice], float]
+
+
+def allocate(
+    menus: Mapping[str, Sequence[Choice]],
+    links: Sequence[Link],
+    *,
+    minimise: Value,
+    limits: Sequence[tuple[Value, float]],
+) -> Allocation | None:
+    """The best allocation, or None if no allocation meets the limits.
+
+    `limits` are (value of a choice, ceiling of the sum). Values are scaled to their ceiling, so that HiGHS's
+    absolute tolerances mean the same in bytes and in damages; ceilings hold exactly on the returned sums.
+    """
+    choices = [c for menu in menus.values() for c in menu]
+    column = {name: i for i, name in enumerate(menus)}
+    rows: list[tuple[int, int, float]] = [(column[c.site], k, 1.0) for k, c in enumerate(choices)]
+    lower, upper = [1.0] * len(menus), [1.0] * len(menus)
+    for link in links:
+        for width in sorted({c.width_out for c in choices if c.site == link.producer}):
+            row = len(lower)
+            rows += [(row, k, 1.0) for k, c in enumerate(choices) if c.site == link.producer and c.width_out == width]
+            rows += [(row, k, -1.0) for k, c in enumerate(choices) if c.site == link.consumer and c.width_in == width]
+            lower.append(0.0)
+            upper.append(0.0)
+    for value, ceiling in limits:
+        if ceiling <= 0:
+            ceiling_scaled, scale = 0.0, 1.0
+        else:
+            ceiling_scaled, scale = 1.0, 1 / ceiling
+        rows += [(len(lower), k, value(c) * scale) for k, c in enumerate(choices)]
+        lower.append(-np.inf)
+        upper.append(ceiling_scaled - 1e-7)
+    costs = np.array([minimise(c) for c in choices], dtype=float)
+    index_r, index_c, values = (np.array(v) for v in zip(*rows, strict=True))
+    matrix = coo_array((values, (index_r, index_c)), shape=(len(lower), len(choices))).tocsr()
+    solved = milp(
+        costs / max(float(np.abs(costs).max()), 1e-30),
+        constraints=LinearConstraint(matrix, lower, upper),
+        integrality=np.ones(len(choices)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 1e-6, "time_limit": 20.0},
+    )
+    if solved.x is None:
+        return None
+    chosen = tuple(c for c, x in zip(choices, solved.x, strict=True) if x > 0.5)
+    return Allocation(choices=chosen)

@@ -1,0 +1,89 @@
+"""Menu: what each site may become. Every family of methods is here, so that one allocation chooses among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from perjoule.compress.forms import Form, Grid, LowRank, Sparse
+from perjoule.compress.groups import Group
+from perjoule.compress.sites import Site
+
+WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
+"""Shares of a group's channels that may stay."""
+SMALL = 1024
+"""Weights below which a site is not worth a form of its own: its scales would eat the saving."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One way to treat one site; `form` None leaves it as it is."""
+
+    name: str
+    form: Form | None
+    saliency: str = "identity"
+    fit: str = "nearest"
+
+    @property
+    def family(self) -> str:
+        """Options of one family share one correction of their predicted damage."""
+        if self.form is None:
+            return "none"
+        if isinstance(self.form, Grid):
+            return f"grid{self.form.bits}-{self.form.activations}"
+        return type(self.form).__name__.lower()
+
+    @property
+    def activations(self) -> str:
+        return self.form.activations if isinstance(self.form, Grid) else "none"
+
+    def describe(self) -> str:
+        return self.form.describe() if self.form is not None else "as it is"
+
+
+KEEP = Option(name="keep", form=None)
+_SECOND = {"saliency": "second_order", "fit": "second_order"}
+
+INT8_DYNAMIC = Option(name="int8-dynamic", form=Grid(activations="dynamic"))
+INT8_STATIC = Option(name="int8-static", form=Grid(activations="static"))
+INT8_WEIGHTS = Option(name="int8-weights", form=Grid())
+INT4_GROUPS = Option(name="int4-groups", form=Grid(bits=4, group=32), **_SECOND)
+INT4_TABLE = Option(name="int4-table", form=Grid(bits=4, group=32))
+LOW_RANK = Option(name="low-rank", form=LowRank(share=0.5), **_SECOND)
+SPARSE = Option(name="sparse", form=Sparse(density=0.25), **_SECOND)
+
+
+def options(site: Site) -> list[Option]:
+    """The options of one site, leaving it alone first."""
+    found = [KEEP]
+    if site.weights < SMALL:
+        return found
+    if site.kind == "recurrent":
+        return [*found, INT8_WEIGHTS, *([INT8_DYNAMIC] if site.layer == "LSTM" else [])]
+    rows, columns = site.shape
+    if site.kind == "table":
+        return [*found, INT8_WEIGHTS, *([INT4_TABLE] if columns % 32 == 0 else [])]
+    found += [INT8_DYNAMIC, INT8_STATIC, INT8_WEIGHTS]
+    if site.kind == "linear":
+        if columns % 32 == 0 and rows * columns % 2 == 0:
+            found.append(INT4_GROUPS)
+        if min(rows, columns) >= 64:
+            found.append(LOW_RANK)
+    found.append(SPARSE)
+    return found
+
+
+def widths(group: Group) -> list[int]:
+    """Channels that may stay, the full number first; multiples of 8 where there are enough, for the kernels' sake."""
+    step = 32 if group.channels >= 256 else 8 if group.channels >= 32 else 1
+    cut = {max(step, round(group.channels * share / step) * step) for share in WIDTHS}
+    return [group.channels, *sorted((w for w in cut if w < group.channels), reverse=True)]
+
+
+def uniform(sites: Sequence[Site], wanted: Option) -> Mapping[str, Option]:
+    """`wanted` wherever a site offers it, int8 weights where it does not, else as it is: what a person does by hand."""
+    chosen = {}
+    for site in sites:
+        offered = {o.name: o for o in options(site)}
+        chosen[site.name] = offered.get(wanted.name) or offered.get(INT8_WEIGHTS.name, KEEP)
+    return chosen

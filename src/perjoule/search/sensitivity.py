@@ -1,0 +1,136 @@
+"""Sensitivity: what each option would do to the model's answers, from one calibration pass, without running it again.
+
+    damage of an error E in the weights of a site      sum_o G_o (E C Eᵀ)_oo
+    damage of rounding its inputs with step s          s^2/12 sum_o G_o sum_i ŵ_oi^2
+
+both over the mean squared norm of the model's output: the expected squared relative change of the answer, to first
+order in the error, errors of different sites taken as independent. C is the covariance of the site's inputs (the
+mean is absorbed by the bias) or E[x xᵀ] where there is no bias, G_o the sum over an example's rows of the mean
+squared derivative of a random projection of the output.
+The input step is the uniform-noise model of rounding (Widrow & Kollar 2008, ch. 3).
+Recurrent sites are fused, so their damage is measured: one forward pass with the changed weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perjoule.compress.apply import Applier, metric_for
+from perjoule.compress.fit import FITS
+from perjoule.compress.forms import Channels, Grid, Packed
+from perjoule.compress.groups import Group
+from perjoule.compress.saliency import Statistics
+from perjoule.compress.sites import Site
+from perjoule.compress.stream import Sensed, TableStatistics
+from perjoule.core.errors import ConfigError
+from perjoule.core.record import Recipe, Step
+from perjoule.measure.forward import answers
+from perjoule.search.menu import Option, options, widths
+
+
+@dataclass(kw_only=True)
+class Damages:
+    """Predicted damages, relative squared change of the output."""
+
+    of_option: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By site, then option name."""
+    of_width: dict[str, dict[int, float]] = field(default_factory=dict)
+    """By group, then channels that stay."""
+    refused: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By site, then option name: why it cannot be used."""
+
+
+def assess(
+    model: nn.Module,
+    sites: Sequence[Site],
+    groups: Sequence[Group],
+    stats: Mapping[str, Statistics | TableStatistics],
+    sensed: Sensed,
+    batches: Sequence[Mapping[str, Any]],
+    seed: int,
+    progress: Callable[[], None],
+) -> Damages:
+    """Damages of all options of all sites, and of all widths of all groups."""
+    found = Damages()
+    consumers = {g.consumer: g for g in groups}
+    for site in sites:
+        module = site.module(model)
+        if site.kind == "recurrent":
+            found.of_option[site.name] = _recurrent(model, site, batches, seed)
+        else:
+            seen = stats[site.name]
+            centred = seen.centred() if isinstance(seen, Statistics) and module.bias is not None else seen
+            w_OI = site.matrices(model)[0]
+            per_option: dict[str, float] = {}
+            for option in options(site):
+                try:
+                    per_option[option.name] = _damage(site, w_OI, option, centred, sensed, seed)
+                except (ConfigError, torch.linalg.LinAlgError) as error:
+                    found.refused.setdefault(site.name, {})[option.name] = str(error)
+            found.of_option[site.name] = per_option
+            if site.name in consumers and isinstance(centred, Statistics):
+                group = consumers[site.name]
+                found.of_width[group.name] = _widths(site, w_OI, group, centred, sensed, seed)
+        progress()
+    return found
+
+
+def _error(e_OI: Tensor, site: Site, w_OI: Tensor, seen: Statistics | TableStatistics, sensed: Sensed) -> float:
+    metric = metric_for(site, w_OI, "second_order", seen, 0)
+    rows = sensed.outputs.get(site.name, 1) if isinstance(seen, TableStatistics) else 1
+    # A table's metric weighs rows by how often each is read, so it speaks of one reading; an example makes several.
+    assert rows >= 1
+    return float(metric.error(e_OI)) / max(sensed.output_square, 1e-30)
+
+
+def _damage(
+    site: Site, w_OI: Tensor, option: Option, seen: Statistics | TableStatistics, sensed: Sensed, seed: int
+) -> float:
+    if option.form is None:
+        return 0.0
+    packed = FITS[option.fit](option.form, w_OI, metric_for(site, w_OI, option.saliency, seen, seed))
+    decoded = packed.dense()
+    total = _error(w_OI - decoded, site, w_OI, seen, sensed)
+    return total + _rounded_inputs(option, decoded, seen, sensed)
+
+
+def _rounded_inputs(option: Option, w_OI: Tensor, seen: Statistics | TableStatistics, sensed: Sensed) -> float:
+    if not isinstance(option.form, Grid) or option.form.activations == "none" or not isinstance(seen, Statistics):
+        return 0.0
+    step2 = seen.step2 if option.form.activations == "dynamic" else ((seen.high - seen.low) / 255) ** 2
+    g_O = seen.g_O if seen.g_O is not None else torch.ones(w_OI.shape[0])
+    return step2 / 12 * float(g_O @ w_OI.square().sum(1)) / max(sensed.output_square, 1e-30)
+
+
+def _widths(site: Site, w_OI: Tensor, group: Group, seen: Statistics, sensed: Sensed, seed: int) -> dict[int, float]:
+    metric = metric_for(site, w_OI, "second_order", seen, seed)
+    found = {group.channels: 0.0}
+    for keep in widths(group)[1:]:
+        packed: Packed = FITS["second_order"](Channels(keep=keep, block=group.block), w_OI, metric)
+        found[keep] = _error(w_OI - packed.dense(), site, w_OI, seen, sensed)
+    return found
+
+
+def _recurrent(model: nn.Module, site: Site, batches: Iterable[Mapping[str, Any]], seed: int) -> dict[str, float]:
+    batches = list(batches)
+    reference = answers(model, batches)
+    applier = Applier(model, [site], [], {})
+    found = {}
+    for option in options(site):
+        if option.form is None:
+            found[option.name] = 0.0
+            continue
+        step = Step(sites=(site.name,), form=option.form.config(), saliency=option.saliency, fit=option.fit)
+        changed = answers(applier.apply(Recipe(steps=(step,), seed=seed)).model, batches)
+        found[option.name] = distance(changed, reference)
+    return found
+
+
+def distance(found: Tensor, reference: Tensor) -> float:
+    """Mean squared relative change of the answers: what damages predict."""
+    return float((found - reference).square().sum() / reference.square().sum().clamp_min(1e-30))

@@ -1,0 +1,87 @@
+"""`perjoule measure` from outside."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from perjoule.core.codec import from_json
+from perjoule.measure.command import Measured
+
+MAIN = """
+from perjoule.cli import main as face
+from perjoule.cli.measure import CONTEXT, measure
+if measure not in [c.callback for c in face.app.registered_commands]:
+    face.app.command(context_settings=CONTEXT)(measure)
+face.main()
+"""
+
+
+def perjoule(*arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-c", MAIN, "measure", *arguments], input=stdin, capture_output=True, text=True, timeout=30
+    )
+
+
+def test_the_figure_goes_to_standard_error_and_says_everything():
+    done = perjoule("--", "sh", "-c", "echo out; echo err >&2; exit 5")
+    assert done.returncode == 5
+    assert done.stdout == "out\n"
+    lines = done.stderr.splitlines()
+    assert lines[0] == "err"
+    assert lines[1].startswith("energy  ")
+    for word in ("J (90 % interval ", "boundary: host"):
+        assert word in lines[1]
+    assert any(how in lines[1] for how in ("measured", "modelled", "assumed"))
+    assert lines[2].startswith("power   ")
+    assert any(line.startswith("from    ") for line in lines)
+
+
+@pytest.mark.parametrize("dashes", [["--"], []])
+def test_the_commands_options_are_its_own(dashes: list[str]):
+    done = perjoule(*dashes, "echo", "--json", "--help", "--", "-x")
+    assert done.stdout == "--json --help -- -x\n"
+    assert done.returncode == 0
+
+
+def test_json_is_one_document_and_the_commands_output_moves():
+    done = perjoule("--json", "--", "sh", "-c", "cat; exit 3", stdin="hello\n")
+    assert done.returncode == 3
+    measured = from_json(Measured, json.loads(done.stdout))
+    assert measured.exit_code == 3
+    assert measured.command == ("sh", "-c", "cat; exit 3")
+    assert measured.reading.energy_j.value > 0
+    assert done.stderr == "hello\n"
+
+
+def test_json_file_leaves_the_streams_alone(tmp_path: Path):
+    path = tmp_path / "reading.json"
+    done = perjoule("--json-file", str(path), "--device", "--", "echo", "hi")
+    assert done.stdout == "hi\n"
+    assert "energy  " in done.stderr
+    assert from_json(Measured, json.loads(path.read_text())).command == ("echo", "hi")
+
+
+def test_a_file_that_cannot_be_written_is_said_before_the_command_runs(tmp_path: Path):
+    done = perjoule("--json-file", str(tmp_path / "no" / "x.json"), "--", "echo", "ran")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "cannot write into folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--", "no-such-command"], "perjoule: cannot run 'no-such-command': no such command, or not executable\n"),
+        (["--typo", "echo"], "No such option"),
+        ([], "Missing argument"),
+    ],
+)
+def test_mistakes_are_one_clear_line_and_code_2(arguments: list[str], message: str):
+    done = perjoule(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

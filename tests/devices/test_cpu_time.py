@@ -1,0 +1,88 @@
+"""CPU seconds of the machine and of a process tree."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from perjoule.core.errors import BadInput
+from perjoule.devices import cpu_time
+from perjoule.devices.cpu_time import HostTime, TreeTime
+
+SPIN = "import time\ne = time.process_time() + {}\nwhile time.process_time() < e: pass"
+
+
+def spin(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_own_work_is_seen_finely():
+    tree = TreeTime()
+    before = tree.cpu_s(0.0)
+    spin(0.03)
+    assert tree.cpu_s(0.1) - before == pytest.approx(0.03, abs=0.01)
+
+
+def test_the_machine_is_at_least_as_busy_as_we_are():
+    host, tree = HostTime(), TreeTime()
+    busy, mine = host.busy_s(), tree.cpu_s(0.0)
+    spin(0.3)
+    busy, mine = host.busy_s() - busy, tree.cpu_s(1.0) - mine
+    assert busy > mine - 4 * host.grain_s
+    host.close()
+    host.close()
+
+
+def test_a_child_counts_while_it_lives_and_after():
+    tree = TreeTime(refresh_s=0.0)
+    before = tree.cpu_s(time.monotonic())
+    child = subprocess.Popen([sys.executable, "-c", SPIN.format(0.4) + "\ninput()"], stdin=subprocess.PIPE)
+    time.sleep(0.25)
+    alive = tree.cpu_s(time.monotonic()) - before
+    assert alive > 0.05
+    child.communicate(b"\n")
+    after = tree.cpu_s(time.monotonic()) - before
+    assert after == pytest.approx(0.45, abs=0.15)
+    assert after >= alive
+
+
+def test_a_given_process_that_is_not_ours_counts_and_may_end(monkeypatch: pytest.MonkeyPatch):
+    """A grandchild whose parent has gone belongs to nobody's tree; only giving its pid counts it."""
+    script = (  # -3 is DEVNULL: the pipes must not stay open
+        "import subprocess, sys\n"
+        f"spin = subprocess.Popen([sys.executable, '-c', {SPIN.format(5)!r}], stdout=-3, stderr=-3)\n"
+        "print(spin.pid)"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=20)
+    pid = int(out.stdout)
+    tree, without = TreeTime([pid], refresh_s=0.0), TreeTime(refresh_s=0.0)
+    with_before, without_before = tree.cpu_s(time.monotonic()), without.cpu_s(time.monotonic())
+    time.sleep(0.3)
+    seen = tree.cpu_s(time.monotonic()) - with_before
+    assert seen > 0.05
+    assert without.cpu_s(time.monotonic()) - without_before < seen / 2
+    subprocess.run(["kill", str(pid)], check=True)
+    monkeypatch.setattr(cpu_time, "_spent_s", lambda pid: None)  # gone, wherever nobody keeps it as a zombie
+    ended = tree.cpu_s(time.monotonic())
+    assert ended - with_before >= seen
+    spin(0.05)
+    assert tree.cpu_s(time.monotonic()) - ended > 0.04, "our own work still counts after it ended"
+
+
+def test_no_such_process_is_one_clear_error():
+    with pytest.raises(BadInput, match="no process 999999999"):
+        TreeTime([999999999])
+
+
+def test_it_never_decreases():
+    tree = TreeTime(refresh_s=0.0)
+    seen = []
+    for _ in range(3):
+        subprocess.run([sys.executable, "-S", "-c", "pass"], check=True)
+        seen.append(tree.cpu_s(time.monotonic()))
+    assert seen == sorted(seen)
+    tree._last_s += 1.0  # as if a child had been seen more finely than its ticks tell when it has ended
+    assert tree.cpu_s(time.monotonic()) == tree._last_s >= seen[-1] + 1

@@ -1,0 +1,59 @@
+"""Finding sensors, and choosing among them without counting anything twice."""
+
+import subprocess
+import sys
+
+from perjoule.devices import DRIVERS, choose, find
+from perjoule.devices.cpu_model import LoadModelDriver
+from perjoule.devices.sensor import Driver, Found, Sensor
+from perjoule.testing.sensors import SteadySensor
+
+
+class Fixed(Driver):
+    """A driver with one working sensor."""
+
+    def __init__(self, name: str, *covers: str) -> None:
+        self.label = name
+        self.covers = covers
+
+    def find(self) -> list[Found]:
+        return [
+            Found(
+                name=self.label,
+                driver=self.label,
+                works=True,
+                covers=self.covers,  # type: ignore[arg-type]
+                how="measured",
+                boundary="device",
+                why="it is there",
+                opener=lambda pids: SteadySensor({"x": 1.0}),
+            )
+        ]
+
+
+def test_something_always_works_and_everything_else_says_why():
+    known = find()
+    assert any(f.works for f in known)
+    assert {f.driver for f in known} == {d.name for d in DRIVERS}
+    for f in known:
+        assert f.why, f.name
+        assert "\n" not in f.why + f.remedy
+
+
+def test_every_chosen_sensor_opens_and_reads():
+    for f in choose(find()):
+        sensor: Sensor = f.open()
+        assert all(j.value == 0 for j in sensor.read(0.0))
+        sensor.close()
+
+
+def test_the_first_driver_wins_each_component():
+    drivers = (Fixed("counter", "cpu"), Fixed("platform", "cpu", "board"), Fixed("gpu", "gpu"), LoadModelDriver())
+    assert [f.name for f in choose(find(drivers))] == ["counter", "gpu"]
+
+
+def test_importing_devices_is_light():
+    code = "import sys, perjoule.devices, perjoule.measure.meter\nprint([m for m in sys.modules if m in %r])"
+    heavy = ("psutil", "pynvml", "numpy", "torch", "rich", "typer", "scipy", "subprocess")
+    out = subprocess.run([sys.executable, "-c", code % (heavy,)], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
