@@ -39,7 +39,8 @@ def workload() -> Workload:
     fit_classifier(model, x_train, y_train, epochs=12)
 
     def correct(logits: np.ndarray) -> np.ndarray:
-        return (logits.argmax(1) == y_test.numpy()).astype(float)
+        right: np.ndarray = logits.argmax(1) == y_test.numpy()
+        return right.astype(float)
 
     return Workload(
         name="digits CNN",

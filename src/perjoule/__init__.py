@@ -6,6 +6,8 @@ Importing this package touches no accelerator and no optional library: public na
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -46,6 +48,17 @@ if TYPE_CHECKING:
     from perjoule.count.counter import count as count
     from perjoule.measure.meter import Meter as Meter
     from perjoule.search.optimize import optimize as optimize
+
+
+class _Face(ModuleType):
+    """A module whose public names win over folders: `count` is the function, whoever imported perjoule.count first."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face
 
 
 def __getattr__(name: str) -> Any:

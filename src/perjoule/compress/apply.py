@@ -88,6 +88,8 @@ class Applier:
             form = from_config(step.form, FORMS)
             if not step.sites:
                 raise NothingMatched(f"step {form.describe()} names no site")
+            if step.fit not in FITS:
+                raise ConfigError(f"unknown fit '{step.fit}'; known: {', '.join(FITS)}")
             for name in step.sites:
                 if isinstance(form, Channels):
                     if name not in self.groups:
@@ -180,16 +182,16 @@ class _Work:
         if not isinstance(module, nn.Linear):
             raise ConfigError(f"{site.name}: low rank is for linear layers, not {site.layer}")
         rank, columns = packed.b_rI.shape
-        first, second = (
-            nn.Linear(columns, rank, bias=False),
-            nn.Linear(rank, site.shape[0], bias=module.bias is not None),
+        first, second = (  # skip_init: drawing weights that are overwritten would move the caller's random numbers
+            nn.utils.skip_init(nn.Linear, columns, rank, bias=False),
+            nn.utils.skip_init(nn.Linear, rank, site.shape[0], bias=module.bias is not None),
         )
         with torch.no_grad():
             first.weight.copy_(packed.b_rI)
             second.weight.copy_(packed.a_Or)
             if module.bias is not None:
                 second.bias.copy_(module.bias)
-        model.set_submodule(site.name, nn.Sequential(first, second))
+        model.set_submodule(site.name, nn.Sequential(first, second).train(module.training))
         self._record(site, form.describe(), step, form, site.shape, site.shape, packed.nbytes)
         del self.sites[site.name]
         stats = self.stats.pop(site.name, None)
@@ -231,7 +233,10 @@ def quantise_input(grid: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tens
     """A forward pre-hook that puts a layer's input on `grid`."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (grid(args[0]), *args[1:])
+        x = args[0]
+        if x.requires_grad:  # straight-through: rounding passes the gradient on unchanged
+            return (x + (grid(x.detach()) - x).detach(), *args[1:])
+        return (grid(x), *args[1:])
 
     return hook
 

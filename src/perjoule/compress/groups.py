@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,8 @@ class Refused:
 def trace(model: nn.Module, batch: Mapping[str, Any]) -> torch.export.ExportedProgram:
     """The model's graph. Raises WorkloadError with the reason if it cannot be traced."""
     try:
-        with torch.no_grad(), contextlib.redirect_stdout(None):
+        with torch.no_grad(), contextlib.redirect_stdout(None), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # recurrent layers refresh their flat weights; torch warns of it
             return torch.export.export(model, args=(), kwargs=dict(batch), strict=False)
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]

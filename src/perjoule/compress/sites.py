@@ -68,7 +68,7 @@ class Site:
 def find(model: nn.Module) -> tuple[list[Site], list[Untreated]]:
     """All sites in module order, and every other weight-bearing module with the reason it is none.
 
-    A tied weight belongs to its first module; the second one is listed as following it.
+    A weight that several modules share is left exact: all of them are listed with the reason.
     """
     sites: list[Site] = []
     untreated: list[Untreated] = []
@@ -77,19 +77,21 @@ def find(model: nn.Module) -> tuple[list[Site], list[Untreated]]:
         own = list(module.named_parameters(recurse=False))
         if not own:
             continue
-        nbytes = sum(p.numel() * p.element_size() for _, p in own)
         kind = type(module).__name__
         first = next((owner[id(p)] for _, p in own if p.ndim > 1 and id(p) in owner), None)
         if first is not None:
+            for owned in [s for s in sites if s.name == first]:
+                sites.remove(owned)
+                untreated.append(Untreated(site=first, kind=owned.layer, reason=f"tied to {name}; left exact",
+                                           nbytes=_nbytes(model.get_submodule(first))))  # fmt: skip
             untreated.append(Untreated(site=name, kind=kind, reason=f"tied to {first}; left exact", nbytes=0))
-            sites = [s for s in sites if s.name != first] if kind != "Embedding" else sites
             continue
         owner.update({id(p): name for _, p in own})
         site, reason = _site(name, module)
         if site is not None:
             sites.append(site)
         else:
-            untreated.append(Untreated(site=name, kind=kind, reason=reason, nbytes=nbytes))
+            untreated.append(Untreated(site=name, kind=kind, reason=reason, nbytes=_nbytes(module)))
     return sites, untreated
 
 
@@ -120,6 +122,10 @@ def _site(name: str, module: nn.Module) -> tuple[Site | None, str]:
     if any(mark in type(module).__name__ for mark in _NORMS):
         return None, "normalisation: a few vectors, left exact"
     return None, f"no form knows {type(module).__name__}"
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
 
 
 def _rows_columns(parameter: Tensor) -> tuple[int, int]:

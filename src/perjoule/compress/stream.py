@@ -49,29 +49,42 @@ def rows_of(site: Site, module: nn.Module, x: Tensor) -> Tensor:
     if site.kind == "linear":
         return x.flatten(0, -2)
     assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    if isinstance(module.padding, str):
-        total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        padding = [t // 2 if module.padding == "same" else 0 for t in total]
-    else:
-        padding = list(module.padding)
+    x = F.pad(x, _margins(module))
     kernel, dilation, stride = list(module.kernel_size), list(module.dilation), list(module.stride)
     if isinstance(module, nn.Conv1d):  # a row of pixels, one high
-        x, kernel, dilation, stride, padding = x.unsqueeze(2), [1, *kernel], [1, *dilation], [1, *stride], [0, *padding]
-    x_BIL = F.unfold(x, tuple(kernel), dilation=tuple(dilation), padding=tuple(padding), stride=tuple(stride))
+        x, kernel, dilation, stride = x.unsqueeze(2), [1, *kernel], [1, *dilation], [1, *stride]
+    x_BIL = F.unfold(x, tuple(kernel), dilation=tuple(dilation), stride=tuple(stride))
     x_NI = x_BIL.transpose(1, 2).flatten(0, 1)
     if x_NI.shape[0] > CONV_ROWS:
         x_NI = x_NI[torch.linspace(0, x_NI.shape[0] - 1, CONV_ROWS).long()]
     return x_NI
 
 
+def _margins(module: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """Zeros to add, as F.pad wants them: last axis first, before and behind. "same" puts the odd one behind."""
+    margins: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        if module.padding == "same":
+            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            margins += [total // 2, total - total // 2]
+        else:
+            margins += [0, 0] if isinstance(module.padding, str) else [int(module.padding[axis])] * 2
+    return margins
+
+
 @contextlib.contextmanager
-def _hooks(handles: list[Any]) -> Iterator[None]:
-    with plain_kernels():
-        try:
+def _watching(model: nn.Module, handles: list[Any]) -> Iterator[None]:
+    """The model in eval mode with hooks, and afterwards as it was: batch norm must not learn from calibration."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        model.eval()
+        with plain_kernels():
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
 
 
 def gradients(model: nn.Module, sites: Sequence[Site], batches: Sequence[Mapping[str, Any]], seed: int) -> Sensed:
@@ -88,12 +101,13 @@ def gradients(model: nn.Module, sites: Sequence[Site], batches: Sequence[Mapping
         def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
             fresh = out if out.requires_grad else out.detach().requires_grad_(True)
             outs.append((name, fresh))
-            return fresh
+            return fresh.clone()  # an in-place operator behind the layer writes to the copy, not to what is kept
 
         return hook
 
     plain = [s for s in sites if s.kind != "recurrent"]
-    with _hooks([s.module(model).register_forward_hook(keep(s.name)) for s in plain]), torch.enable_grad():
+    handles = [s.module(model).register_forward_hook(keep(s.name)) for s in plain]
+    with _watching(model, handles), torch.enable_grad():
         for batch in batches:
             outs.clear()
             y = answer(model, batch)
@@ -167,7 +181,7 @@ def _gather(
 
     def run(last: str | None, batch: Mapping[str, Any]) -> None:
         handles = [s.module(model).register_forward_pre_hook(watch(s, last)) for s in group]
-        with _hooks(handles), torch.inference_mode(), contextlib.suppress(_Enough):
+        with _watching(model, handles), torch.inference_mode(), contextlib.suppress(_Enough):
             answer(model, batch)
 
     run(None, batches[0])

@@ -167,4 +167,4 @@ def _only_function(module: Any, reference: str) -> str:
         return "workload"
     if len(found) != 1:
         raise WorkloadError(f"{reference}: name the function, as in {reference}:function; it has {_public(module)}")
-    return found[0]
+    return str(found[0])

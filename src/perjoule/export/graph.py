@@ -12,7 +12,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import onnx
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from perjoule.core.errors import ExportError
 from perjoule.measure.forward import first_tensor, plain_kernels
@@ -114,7 +115,8 @@ def export(model: nn.Module, batch: Mapping[str, Any], dynamic: Mapping[str, Seq
     finally:
         logging.disable(before)
     assert program is not None
-    return _cleaned(program.model_proto)
+    norms = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return _cleaned(program.model_proto, norms)
 
 
 def _at_least_two(x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -125,13 +127,16 @@ def _at_least_two(x: Tensor, axes: Sequence[int]) -> Tensor:
     return x
 
 
-def _cleaned(proto: ModelProto) -> Graph:
+def _cleaned(proto: ModelProto, norms: Collection[str]) -> Graph:
     module_of: dict[str, tuple[str, ...]] = {}
+    stored = {t.name for t in proto.graph.initializer}
     for node in proto.graph.node:
         for entry in node.metadata_props:
             if entry.key == "pkg.torch.onnx.name_scopes":
-                scopes = ast.literal_eval(entry.value)[:-1]
-                module_of[node.output[0]] = tuple(s.removeprefix(ROOT).removeprefix(".") for s in scopes if s)
+                scopes = tuple(_module(s) for s in ast.literal_eval(entry.value)[:-1] if s)
+                if scopes and scopes[-1] in norms:  # fused with the layer before, whose weight it still names
+                    scopes += tuple(_module(i.rpartition(".")[0]) for i in node.input[1:2] if i in stored)
+                module_of[node.output[0]] = scopes
         del node.metadata_props[:]
         node.doc_string = ""
         node.name = ""
@@ -142,6 +147,11 @@ def _cleaned(proto: ModelProto) -> Graph:
     if proto.functions:
         raise ExportError(f"the exported model still calls function {proto.functions[0].name}, which no runtime knows")
     return Graph(proto=proto, module_of=module_of)
+
+
+def _module(scope: str) -> str:
+    """Qualified module name of a scope of the exported model."""
+    return scope.removeprefix(ROOT).removeprefix(".")
 
 
 def prune(graph: GraphProto) -> None:

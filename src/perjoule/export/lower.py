@@ -8,17 +8,21 @@
     sparse          sparse initializer
     recurrent       see recurrent.py
 
-Standard ONNX operators of opset 21. Every tensor that is stored is one of Packed.tensors(), byte for byte; the few
-shape constants added carry the prefix that counts them to the container.
+Standard ONNX operators of opset 21. What is stored is Packed.tensors(), as many bytes in the layout that the operator
+reads; the few shape constants added carry the prefix that counts them to the container.
+The exporter folds a batch norm into the convolution or linear layer before it: row o of the weight arrives multiplied
+by some c_o. It goes into the scales, s_o |c_o|, its sign into the codes, and so costs nothing.
 Shapes   O outputs, I inputs, V entries, D features, G groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from onnx import NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from perjoule.compress.forms import Packed
@@ -99,6 +103,9 @@ def lower_matrix(writer: Writer, site: Site, packed: Packed, activations: str) -
     nodes = [n for n in writer.graph.nodes_in(site.name, kinds) if _reads_weight(writer, n, site)]
     if not nodes:
         raise ExportError(f"{site.name}: its {' or '.join(kinds)} is not found in the exported graph")
+    if len({_stored(writer, n).tobytes() for n in nodes}) > 1:
+        raise ExportError(f"{site.name}: it is called {len(nodes)} times, and only some calls are followed by a norm")
+    packed = _scaled(packed, _row_factors(writer, nodes[0], site, packed))
     for node in nodes:
         writer.at(node)
         if isinstance(packed, SparsePacked):
@@ -112,6 +119,41 @@ def lower_matrix(writer: Writer, site: Site, packed: Packed, activations: str) -
 def _reads_weight(writer: Writer, node: NodeProto, site: Site) -> bool:
     weight = next((t for t in writer.graph.graph.initializer if t.name == node.input[1]), None)
     return weight is not None and int(np.prod(weight.dims)) == site.shape[0] * site.shape[1]
+
+
+def _stored(writer: Writer, node: NodeProto) -> Any:
+    """The float weight that `node` reads, as it lies in the file."""
+    return numpy_helper.to_array(next(t for t in writer.graph.graph.initializer if t.name == node.input[1]))
+
+
+def _turned(node: NodeProto, site: Site) -> bool:
+    """Whether the node reads its weight as (I, O)."""
+    return site.kind == "linear" and not (node.op_type == "Gemm" and _attribute(node, "transB", 0))
+
+
+def _row_factors(writer: Writer, node: NodeProto, site: Site, packed: Packed) -> Any:
+    """c_O: what the exporter has multiplied each row with. Raises ExportError if that is not all it did."""
+    stored, coded_OI = _stored(writer, node), packed.dense().numpy()
+    stored_OI = stored.T if _turned(node, site) else stored.reshape(coded_OI.shape)
+    square_O = np.square(coded_OI).sum(1)
+    c_O = np.where(square_O > 0, (stored_OI * coded_OI).sum(1) / np.maximum(square_O, np.finfo(np.float32).tiny), 1.0)
+    off = np.abs(stored_OI - c_O[:, None] * coded_OI).max()
+    if off > 1e-4 * np.abs(stored_OI).max():
+        raise ExportError(f"{site.name}: the exporter changed its weight by more than a factor per row")
+    return np.where(np.abs(c_O - 1) < 1e-6, 1.0, c_O).astype(np.float32)
+
+
+def _scaled(packed: Packed, c_O: Any) -> Packed:
+    """`packed` with its rows multiplied by c_O; codes stay codes."""
+    if (c_O == 1).all():
+        return packed
+    c_O1 = torch.from_numpy(c_O)[:, None]
+    if isinstance(packed, GridPacked):
+        sign_O1 = torch.where(c_O1 < 0, -1, 1).to(torch.int8)
+        return replace(packed, q_OI=packed.q_OI * sign_O1, s_OG=packed.s_OG * c_O1.abs())
+    if isinstance(packed, SparsePacked):
+        return replace(packed, w_OI=packed.w_OI * c_O1)
+    return packed
 
 
 def _attribute(node: NodeProto, name: str, default: Any) -> Any:
@@ -210,7 +252,7 @@ def _conv(writer: Writer, node: NodeProto, site: Site, packed: GridPacked, activ
 def _sparse(writer: Writer, node: NodeProto, site: Site, packed: SparsePacked) -> None:
     """The weight constant becomes a sparse one, in the layout the node reads."""
     dense = next(t for t in writer.graph.graph.initializer if t.name == node.input[1])
-    turned = site.kind == "linear" and not (node.op_type == "Gemm" and _attribute(node, "transB", 0))
+    turned = _turned(node, site)
     mask = packed.mask_OI.numpy().T if turned else packed.mask_OI.numpy()
     array = packed.w_OI.numpy().T if turned else packed.w_OI.numpy()
     where = np.flatnonzero(np.ascontiguousarray(mask))
@@ -256,14 +298,17 @@ def lower_table(writer: Writer, site: Site, packed: Packed) -> None:
 
 
 def _unpacked(writer: Writer, site: Site, packed: GridPacked, index: str) -> str:
-    """int4 codes, offset by 8; the first half of a row in the low nibbles, the second half in the high ones."""
+    """int4 codes, offset by 8; the first half of a row in the low nibbles, the second half in the high ones.
+
+    Taken apart in float, where bytes are exact: OpenVINO 2026.4 rounds instead of truncating when it shifts a uint8.
+    """
     codes = packed.q_OI.numpy().astype(np.int16) + 8
     half = codes.shape[1] // 2
     q = writer.store(f"{site.name}.codes", (codes[:, :half] | (codes[:, half:] << 4)).astype(np.uint8))
-    pairs = writer.emit("Gather", q, index)
-    low = writer.emit("BitwiseAnd", pairs, writer.constant(15, np.uint8))
-    high = writer.emit("BitShift", pairs, writer.constant(4, np.uint8), direction="RIGHT")
-    both = writer.emit("Cast", writer.emit("Concat", low, high, axis=-1), to=TensorProto.FLOAT)
+    pairs = writer.emit("Cast", writer.emit("Gather", q, index), to=TensorProto.FLOAT)
+    high = writer.emit("Floor", writer.emit("Mul", pairs, writer.constant(1 / 16, np.float32)))
+    low = writer.emit("Sub", pairs, writer.emit("Mul", high, writer.constant(16, np.float32)))
+    both = writer.emit("Concat", low, high, axis=-1)
     return writer.emit("Sub", both, writer.constant(8, np.float32))
 
 

@@ -33,8 +33,22 @@ class Choice:
     width_out: int
     """Channels of the group that this site produces; 0 if it produces none."""
     damage: float
+    """Of the form."""
+    damage_width: float
+    """Of the channels that this site no longer consumes."""
     nbytes: int
     cost: float
+    """Relative to the whole original network in the same runtime."""
+    latency_s: float
+    """Seconds within a request of the first kind."""
+
+    def damages(self) -> dict[str, float]:
+        """By family of methods: each family's prediction is corrected by one factor."""
+        return {self.option.family: self.damage, "channels": self.damage_width}
+
+    def corrected(self, factors: Mapping[str, float]) -> float:
+        """Damage after correction by what was seen."""
+        return sum(factors.get(family, 1.0) * damage for family, damage in self.damages().items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +66,17 @@ class Allocation:
     choices: tuple[Choice, ...]
 
     @property
-    def damage(self) -> float:
-        return sum(c.damage for c in self.choices)
+    def key(self) -> str:
+        """Names the allocation: equal keys, equal models."""
+        return ";".join(f"{c.site}:{c.option.name}:{c.width_in}:{c.width_out}" for c in self.choices)
+
+    def damages(self) -> dict[str, float]:
+        """Uncorrected damage by family."""
+        total: dict[str, float] = {}
+        for choice in self.choices:
+            for family, damage in choice.damages().items():
+                total[family] = total.get(family, 0.0) + damage
+        return total
 
     @property
     def nbytes(self) -> int:

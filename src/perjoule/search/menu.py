@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from perjoule.compress.forms import Form, Grid, LowRank, Sparse
@@ -78,12 +77,3 @@ def widths(group: Group) -> list[int]:
     step = 32 if group.channels >= 256 else 8 if group.channels >= 32 else 1
     cut = {max(step, round(group.channels * share / step) * step) for share in WIDTHS}
     return [group.channels, *sorted((w for w in cut if w < group.channels), reverse=True)]
-
-
-def uniform(sites: Sequence[Site], wanted: Option) -> Mapping[str, Option]:
-    """`wanted` wherever a site offers it, int8 weights where it does not, else as it is: what a person does by hand."""
-    chosen = {}
-    for site in sites:
-        offered = {o.name: o for o in options(site)}
-        chosen[site.name] = offered.get(wanted.name) or offered.get(INT8_WEIGHTS.name, KEEP)
-    return chosen

@@ -46,7 +46,7 @@ def train(
         value = loss(step)
         if not torch.isfinite(value):
             raise WorkloadError(f"training diverged at step {step}; lower the learning rate ({learning_rate:g})")
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         schedule.step()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -64,7 +64,10 @@ class Columns(abc.ABC):
     """How the second-order fit projects a matrix column by column."""
 
     def begin(self, start: int, stop: int, w_OI: Tensor, u_II: Tensor) -> None:  # noqa: B027 - optional
-        """Called before columns start..stop: `w_OI` is the matrix as corrected so far, `u_II` the factor of H^-1."""
+        """Called before columns start..stop: `u_II` is the factor of H^-1, `w_OI` the matrix as corrected so far.
+
+        `w_OI` stays live: columns start..stop go on being corrected while they are projected.
+        """
 
     @abc.abstractmethod
     def project(self, j: int, w_O: Tensor) -> Tensor:
@@ -109,9 +112,13 @@ class Form(abc.ABC):
 def from_config(config: Mapping[str, Any], known: Mapping[str, type[Form]]) -> Form:
     """The form that `config` describes. Nested forms (compositions) are rebuilt too."""
     values = {k: (from_config(v, known) if _is_form(v) else v) for k, v in config.items() if k != "name"}
-    name = str(config["name"])
+    name = str(config.get("name", ""))
     if name not in known:
         raise ConfigError(f"unknown form '{name}'; known: {', '.join(sorted(known))}")
+    allowed = [f.name for f in fields(known[name])]
+    strange = sorted(set(values) - set(allowed))
+    if strange:
+        raise ConfigError(f"{name} has no field '{strange[0]}'; it has {', '.join(allowed)}")
     return known[name](**values)
 
 

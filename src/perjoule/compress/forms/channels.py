@@ -65,8 +65,8 @@ class Channels(Form):
     cite: ClassVar[tuple[str, ...]] = ("He et al. 2017, arXiv:1707.06168", "Kurtic et al. 2022, arXiv:2203.07259")
 
     def __post_init__(self) -> None:
-        if self.keep < 1 or self.block < 1:
-            raise ConfigError(f"Channels(keep={self.keep}, block={self.block}): both must be at least 1")
+        if not all(isinstance(n, int) and n >= 1 for n in (self.keep, self.block)):
+            raise ConfigError(f"Channels(keep={self.keep}, block={self.block}): both are counts, at least 1")
 
     def _channels(self, columns: int) -> int:
         if columns % self.block or columns // self.block < self.keep:

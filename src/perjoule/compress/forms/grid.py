@@ -20,7 +20,7 @@ Left out clip search, asymmetric weights, non-uniform grids.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -96,7 +96,8 @@ def scales(w_OI: Tensor, *, bits: int, group: int | None) -> Tensor:
     """s_OG that lets the largest weight of each group reach the end of the grid."""
     qmax = 2 ** (bits - 1) - 1
     w_OGg = w_OI.reshape(w_OI.shape[0], -1, group or w_OI.shape[1])
-    return (w_OGg.abs().amax(-1) / qmax).clamp_min(torch.finfo(w_OI.dtype).tiny)
+    s_OG: Tensor = (w_OGg.abs().amax(-1) / qmax).clamp_min(torch.finfo(w_OI.dtype).tiny)
+    return s_OG
 
 
 def codes(w_OI: Tensor, s_OG: Tensor, *, bits: int) -> Tensor:
@@ -120,8 +121,12 @@ class Grid(Form):
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ConfigError(f"Grid(bits={self.bits}): 4 or 8 bits are supported")
-        if self.group is not None and (self.group < 16 or self.group & (self.group - 1)):
+        if self.group is not None and (
+            not isinstance(self.group, int) or self.group < 16 or self.group & (self.group - 1)
+        ):
             raise ConfigError(f"Grid(group={self.group}): give a power of two, 16 or more")
+        if self.activations not in get_args(Activations):
+            raise ConfigError(f"Grid(activations='{self.activations}'): give {', '.join(get_args(Activations))}")
         if self.activations != "none" and (self.bits != 8 or self.group is not None):
             raise ConfigError("Grid: quantised activations need 8-bit weights with one scale per channel")
 
@@ -144,6 +149,7 @@ class Grid(Form):
         return _GridColumns(self, w_OI)
 
     def nbytes(self, rows: int, columns: int) -> int:
+        self._check(columns)
         groups = columns // self.group if self.group else 1
         static = 5 if self.activations == "static" else 0  # float32 scale and uint8 zero point of the input
         return rows * columns * self.bits // 8 + rows * groups * 4 + static
@@ -162,13 +168,13 @@ class _GridColumns(Columns):
         self.w_OI: Tensor = w_OI
 
     def begin(self, start: int, stop: int, w_OI: Tensor, u_II: Tensor) -> None:
-        if self.form.group:  # scales of a group are set when it is reached, from the weights as corrected by then
-            first, last = start // self.form.group, -(-stop // self.form.group)
-            span = w_OI[:, first * self.form.group : last * self.form.group]
-            self.s_OG[:, first:last] = scales(span, bits=self.form.bits, group=self.form.group)
+        self.w_OI = w_OI
 
     def project(self, j: int, w_O: Tensor) -> Tensor:
-        s_O = self.s_OG[:, j // self.form.group if self.form.group else 0]
+        group = self.form.group
+        if group and j % group == 0:  # the scale of a group is set when it is reached, from the weights as corrected
+            self.s_OG[:, j // group] = scales(self.w_OI[:, j : j + group], bits=self.form.bits, group=group)[:, 0]
+        s_O = self.s_OG[:, j // group if group else 0]
         qmax = 2 ** (self.form.bits - 1) - 1
         q_O = (w_O / s_O).round().clamp(-qmax, qmax)
         self.q_OI[:, j] = q_O.to(torch.int8)

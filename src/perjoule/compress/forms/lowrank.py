@@ -2,12 +2,13 @@
 
     nearest        truncated SVD of  W D^(1/2),  D the metric's diagonal over inputs; B is scaled back
     second-order   truncated SVD of  W S  with  S Sᵀ = H = E[x xᵀ];  Ŵ = trunc(W S) S^-1
+    rows           where outputs have weights, R^(1/2) goes in front of W and is taken out of A
 
 Cost     one SVD, O(O I min(O, I)).
 Saves    FLOPs and bytes by r (O + I) / (O I): a gain only below r = O I / (O + I).
 Bound    the second-order solution is optimal: tr((W-Ŵ) H (W-Ŵ)ᵀ) = sum of the squared singular values cut off.
 Source   Eckart & Young 1936; activation-aware: Yuan et al. 2023 (ASVD), arXiv:2312.05821; whitening: Wang et al. 2025
-         (SVD-LLM), arXiv:2403.07378, section 3.1.
+         (SVD-LLM), arXiv:2403.07378, section 3.1; weighted rows: Hsu et al. 2022 (FWSVD), arXiv:2207.00112.
 Shapes   O outputs, I inputs, r rank.
 """
 
@@ -47,7 +48,7 @@ class LowRank(Form):
     cite: ClassVar[tuple[str, ...]] = ("Wang et al. 2025 (SVD-LLM), arXiv:2403.07378",)
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
+        if not isinstance(self.share, float) or not 0 < self.share < 1:
             raise ConfigError(f"LowRank(share={self.share}): give a share of the parameters above 0 and below 1")
 
     def rank(self, rows: int, columns: int) -> int:
@@ -57,22 +58,32 @@ class LowRank(Form):
 
     def nearest(self, w_OI: Tensor, metric: Metric) -> LowRankPacked:
         d_I = metric.diagonal_OI.expand_as(w_OI).mean(0).clamp_min(torch.finfo(w_OI.dtype).tiny).sqrt()
-        a_Or, b_rI = _truncated(w_OI * d_I, self.rank(*w_OI.shape))
-        return LowRankPacked(a_Or=a_Or, b_rI=b_rI / d_I)
+        r_O = _row_roots(w_OI, metric)
+        a_Or, b_rI = _truncated(w_OI * d_I * r_O[:, None], self.rank(*w_OI.shape))
+        return LowRankPacked(a_Or=a_Or / r_O[:, None], b_rI=b_rI / d_I)
 
     def compensated(self, w_OI: Tensor, metric: Metric) -> Packed:
         assert metric.full_II is not None
         # S from the eigenvectors of H, not from Cholesky: calibration data may span less than all of I.
         value_I, vector_II = torch.linalg.eigh(metric.full_II.double())
         root_I = value_I.clamp_min(value_I[-1] * 1e-9).sqrt()
-        a_Or, b_rI = _truncated(w_OI.double() @ (vector_II * root_I), self.rank(*w_OI.shape))
-        return LowRankPacked(a_Or=a_Or.float(), b_rI=((b_rI / root_I) @ vector_II.T).float())
+        r_O1 = _row_roots(w_OI, metric).double()[:, None]
+        a_Or, b_rI = _truncated(r_O1 * w_OI.double() @ (vector_II * root_I), self.rank(*w_OI.shape))
+        return LowRankPacked(a_Or=(a_Or / r_O1).float(), b_rI=((b_rI / root_I) @ vector_II.T).float())
 
     def nbytes(self, rows: int, columns: int) -> int:
         return 4 * self.rank(rows, columns) * (rows + columns)
 
     def describe(self) -> str:
         return f"low rank, {100 * self.share:.0f} % of the parameters"
+
+
+def _row_roots(w_OI: Tensor, metric: Metric) -> Tensor:
+    """Square roots of the rows' weights, mean 1 before the root; rows without weight keep a little."""
+    if metric.rows_O is None:
+        return torch.ones(w_OI.shape[0])
+    mean = metric.rows_O.mean().clamp_min(torch.finfo(w_OI.dtype).tiny)
+    return (metric.rows_O / mean).clamp_min(1e-6).sqrt()
 
 
 def _truncated(w_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:

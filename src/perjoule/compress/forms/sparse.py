@@ -51,7 +51,7 @@ class Sparse(Form):
     cite: ClassVar[tuple[str, ...]] = ("Han et al. 2015, arXiv:1506.02626", "Sun et al. 2024, arXiv:2306.11695")
 
     def __post_init__(self) -> None:
-        if not 0 < self.density < 1:
+        if not isinstance(self.density, float) or not 0 < self.density < 1:
             raise ConfigError(f"Sparse(density={self.density}): give a share above 0 and below 1")
 
     def kept(self, rows: int, columns: int) -> int:
@@ -68,7 +68,7 @@ class Sparse(Form):
         return SparsePacked(w_OI=w_OI * mask_OI, mask_OI=mask_OI)
 
     def columns(self, w_OI: Tensor, metric: Metric) -> Columns:
-        return _SparseColumns(self, w_OI)
+        return _SparseColumns(self, w_OI, metric)
 
     def nbytes(self, rows: int, columns: int) -> int:
         return 12 * self.kept(rows, columns)
@@ -78,7 +78,8 @@ class Sparse(Form):
 
 
 class _SparseColumns(Columns):
-    def __init__(self, form: Sparse, w_OI: Tensor) -> None:
+    def __init__(self, form: Sparse, w_OI: Tensor, metric: Metric) -> None:
+        self.rows_O = metric.rows_O
         self.w_OI = torch.zeros_like(w_OI)
         self.mask_OI = torch.zeros_like(w_OI, dtype=torch.bool)
         self.left = form.kept(*w_OI.shape)
@@ -90,6 +91,8 @@ class _SparseColumns(Columns):
         share = (stop - start) / (columns - start)
         count = self.left if stop == columns else min(round(self.left * share), rows * (stop - start))
         score = (w_OI[:, start:stop] / u_II.diagonal()[start:stop]).square()
+        if self.rows_O is not None:
+            score = score * self.rows_O[:, None]
         block = torch.zeros_like(score, dtype=torch.bool)
         block.view(-1)[score.flatten().topk(count).indices] = True
         self.mask_OI[:, start:stop] = block

@@ -1,0 +1,132 @@
+"""Judge: how good answers are, relative to the original's, with an interval.
+
+The examples are split in two: the search looks at the even ones, the verdict is read off the odd ones, which no
+choice was made on. Intervals come from a paired bootstrap over examples (Efron & Tibshirani 1993, ch. 8): both models
+answer the same examples, so what is compared is their difference, not two noisy scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from perjoule.core.errors import WorkloadError
+from perjoule.core.reading import Estimate
+from perjoule.core.workload import Workload
+
+Array = np.ndarray[Any, Any]
+DRAWS = 1000
+NEIGHBOURS_UP_TO = 4096
+"""Examples among which nearest neighbours are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Quality of one model's answers on one half of the examples."""
+
+    quality: Estimate
+    relative: Estimate
+    details: Mapping[str, float]
+
+
+class Judge:
+    """Knows the original's answers."""
+
+    def __init__(self, workload: Workload, reference: Array) -> None:
+        """`reference`: the original's answers over all evaluation examples, axis 0 = examples."""
+        self.workload = workload
+        self.reference = reference
+        self.original = self._scores(reference)
+        if float(np.mean(self.original)) <= 0:
+            raise WorkloadError(
+                f"the original's {workload.score_name} is {np.mean(self.original):.3g}; a share of it means nothing:"
+                " the score must be positive, higher = better"
+            )
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether a score must see the answers to all examples, even if only half of them are looked at."""
+        return self.workload.score is not None
+
+    def search_half(self, answers: Array) -> tuple[float, float]:
+        """(quality over the original's, mean squared relative change) on the half the search may look at.
+
+        `answers`: over all examples, or, where the score allows it, over the even ones only.
+        """
+        if self.needs_all:
+            relative = self(answers, "search").relative.value
+            answers = answers[::2]
+        else:
+            relative = float(cosine(answers, self.reference[::2]).mean())
+        theirs = self.reference[::2]
+        return relative, float(np.square(answers - theirs).sum() / max(float(np.square(theirs).sum()), 1e-30))
+
+    def _scores(self, answers: Array) -> Array:
+        if self.workload.score is None:
+            return cosine(answers, self.reference)
+        scores = np.asarray(self.workload.score(answers), dtype=float).reshape(-1)
+        if not np.isfinite(scores).all():
+            raise WorkloadError(f"the score '{self.workload.score_name}' gave NaN or infinity")
+        if len(scores) not in (1, len(self.reference)):
+            raise WorkloadError(
+                f"the score gave {len(scores)} values for {len(self.reference)} examples; give one each, or one in all"
+            )
+        return scores
+
+    def __call__(self, answers: Array, half: str) -> Judgement:
+        """Judge `answers` on the "search" half, the "verdict" half, or on "all" examples."""
+        scores, base = self._scores(answers), self.original
+        chosen = slice(None) if half == "all" or len(scores) == 1 else slice(0 if half == "search" else 1, None, 2)
+        mine, theirs = scores[chosen], base[chosen]
+        source = f"{self.workload.score_name} over {len(mine)} examples"
+        draws = np.random.default_rng(0).integers(0, len(mine), (DRAWS, len(mine)))
+        means, ratios = mine[draws].mean(1), mine[draws].mean(1) / np.maximum(theirs[draws].mean(1), 1e-12)
+        return Judgement(
+            quality=_estimate(float(mine.mean()), means, source),
+            relative=_estimate(float(mine.mean() / theirs.mean()), ratios, f"{source}, paired with the original"),
+            details=self._details(answers, chosen),
+        )
+
+    def _details(self, answers: Array, chosen: slice) -> dict[str, float]:
+        mine, theirs = answers[chosen], self.reference[chosen]
+        details = {"fidelity (mean cosine)": float(cosine(mine, theirs).mean())}
+        if mine.ndim != 2:
+            return details
+        if self.workload.score is not None:
+            details["answers that flipped"] = float((mine.argmax(1) != theirs.argmax(1)).mean())
+        elif 16 <= len(answers) <= NEIGHBOURS_UP_TO:
+            first, ten = neighbour_agreement(answers, self.reference)
+            details["same nearest neighbour"] = first
+            details["same ten neighbours"] = ten
+        return details
+
+
+def _estimate(value: float, draws: Array, source: str) -> Estimate:
+    low, high = (float(q) for q in np.quantile(draws, (0.05, 0.95)))
+    return Estimate(value=value, low=min(low, value), high=max(high, value), how="measured", source=source, level=0.9)
+
+
+def cosine(a: Array, b: Array) -> Array:
+    """Cosine similarity of answers, example by example."""
+    x, y = a.reshape(len(a), -1).astype(float), b.reshape(len(b), -1).astype(float)
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    result: Array = (x * y).sum(1) / np.maximum(norms, 1e-12)
+    return result
+
+
+def neighbour_agreement(a: Array, b: Array) -> tuple[float, float]:
+    """Share of examples whose nearest neighbour is the same among `a` as among `b`; and overlap of the ten nearest."""
+    near_a, near_b = _ranked(a), _ranked(b)
+    ten = [len(set(x[:10]) & set(y[:10])) / 10 for x, y in zip(near_a, near_b, strict=True)]
+    return float((near_a[:, 0] == near_b[:, 0]).mean()), float(np.mean(ten))
+
+
+def _ranked(x: Array) -> Array:
+    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    ranked: Array = np.argsort(-similarity, axis=1, kind="stable")[:, :10]
+    return ranked

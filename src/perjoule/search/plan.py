@@ -1,0 +1,203 @@
+"""Plan: the menus of one runtime - every choice with its damage, bytes and cost - and what stands beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from perjoule.compress.groups import Group
+from perjoule.compress.sites import Site
+from perjoule.core.budget import Budget
+from perjoule.core.errors import BudgetError
+from perjoule.search.allocate import Allocation, Choice, Link, Value
+from perjoule.search.cost import CostTable
+from perjoule.search.menu import INT8_WEIGHTS, KEEP, Option, options, widths
+from perjoule.search.refine import Problem
+from perjoule.search.sensitivity import Damages
+
+BYTES_WEIGH = 1e-3
+"""How much the whole file weighs against the whole energy when energy is the objective: enough to break ties."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """The original on this machine."""
+
+    seconds: Mapping[str, float]
+    """Of the original as it is (torch), by request."""
+    runtime_seconds: Mapping[str, float]
+    """Of the original exported as it is, in the runtime of the plan, by request."""
+    payload: int
+    """Bytes of weights in that export."""
+    container: int
+    size_bytes: int
+    """Of the original's own file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The problem of one runtime and how to read its sums."""
+
+    problem: Problem
+    kept_cost: float
+    """Sum of the costs of all sites left as they are."""
+    baseline: Baseline
+
+    def energy_ratio(self, allocation: Allocation) -> float:
+        """Predicted joules over the original's; same cores busy, so seconds over seconds."""
+        share = max(0.0, 1 - self.kept_cost) + allocation.cost
+        ratios = [self.baseline.runtime_seconds[r] / self.baseline.seconds[r] for r in self.baseline.seconds]
+        return share * sum(ratios) / len(ratios)
+
+
+def menus_for(
+    model: nn.Module,
+    sites: Sequence[Site],
+    groups: Sequence[Group],
+    damages: Damages,
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    table: CostTable,
+    baseline: Baseline,
+    progress: Callable[[], None],
+) -> dict[str, list[Choice]]:
+    """All choices of all sites for one runtime; costs are measured as they are asked for."""
+    produced = {g.producer: g for g in groups}
+    consumed = {g.consumer: g for g in groups}
+    labels = _timed(list(baseline.seconds))
+    menus: dict[str, list[Choice]] = {}
+    for site in sites:
+        group_in, group_out = consumed.get(site.name), produced.get(site.name)
+        menu: list[Choice] = []
+        for option in options(site):
+            if option.name not in damages.of_option[site.name]:
+                continue
+            for wide_in in widths(group_in) if group_in else [0]:
+                for wide_out in widths(group_out) if group_out else [0]:
+                    cut = _cut(site, option, group_in, wide_in, wide_out)
+                    if cut is None:
+                        continue
+                    rows, columns = cut
+                    seconds = {
+                        label: table.of(
+                            model, site, option, _shape(site, shapes[site.name][label], columns), rows, columns
+                        )
+                        for label in labels
+                    }
+                    if any(math.isinf(s) for s in seconds.values()):
+                        continue
+                    menu.append(
+                        Choice(
+                            site=site.name,
+                            option=option,
+                            width_in=wide_in,
+                            width_out=wide_out,
+                            damage=damages.of_option[site.name][option.name],
+                            damage_width=damages.of_width[group_in.name][wide_in] if group_in else 0.0,
+                            nbytes=_nbytes(site, option, rows, columns) + _beside(model, site, group_out, rows),
+                            cost=sum(s / baseline.runtime_seconds[k] for k, s in seconds.items()) / len(labels),
+                            latency_s=seconds[labels[0]],
+                        )
+                    )
+        menus[site.name] = menu
+        progress()
+    return menus
+
+
+def _timed(labels: Sequence[str]) -> list[str]:
+    """The first and the last kind of request stand for all."""
+    return list(dict.fromkeys([labels[0], labels[-1]]))
+
+
+def _cut(site: Site, option: Option, group_in: Group | None, wide_in: int, wide_out: int) -> tuple[int, int] | None:
+    """Rows and columns of the cut site; None where the option does not fit them."""
+    if site.kind == "recurrent":
+        return site.shape
+    rows, columns = site.shape
+    rows = wide_out or rows
+    if group_in is not None:
+        columns = columns // group_in.channels * wide_in
+    group = getattr(option.form, "group", None)
+    if group and columns % group:
+        return None
+    return rows, columns
+
+
+def _shape(site: Site, shape: tuple[int, ...], columns: int) -> tuple[int, ...]:
+    """The input's shape after the channels before it were cut."""
+    if site.kind == "linear":
+        return (*shape[:-1], columns)
+    if site.kind == "conv":
+        kernel = site.shape[1] // shape[1]
+        return (shape[0], columns // kernel, *shape[2:])
+    return shape
+
+
+def _nbytes(site: Site, option: Option, rows: int, columns: int) -> int:
+    if option.form is None:
+        return 4 * (site.weights if site.kind == "recurrent" else rows * columns)
+    shapes = site.shapes if site.kind == "recurrent" else ((rows, columns),)
+    return sum(option.form.nbytes(o, i) for o, i in shapes)
+
+
+def _beside(model: nn.Module, site: Site, group: Group | None, rows: int) -> int:
+    """Bytes of the vectors that are cut along with a producer: its bias, and batch norms behind it."""
+    if group is None:
+        return 0
+    vectors = 1 if getattr(site.module(model), "bias", None) is not None else 0
+    return 4 * rows * (vectors + 4 * len(group.norms))
+
+
+def plan_for(
+    menus: Mapping[str, Sequence[Choice]], groups: Sequence[Group], budget: Budget, baseline: Baseline, runtime: str
+) -> Plan:
+    """The problem to solve for one runtime, budget included. Raises BudgetError where nothing can be small enough."""
+    kept = {name: _as_it_is(menu) for name, menu in menus.items()}
+    kept_cost = sum(c.cost for c in kept.values())
+    minimise: Value
+    total = max(1, baseline.payload)
+    if budget.objective == "size":
+        minimise = lambda c: c.nbytes / total + BYTES_WEIGH * c.cost  # noqa: E731
+    elif budget.objective == "latency":
+        first = next(iter(baseline.runtime_seconds.values()))
+        minimise = lambda c: c.latency_s / first + BYTES_WEIGH * c.nbytes / total  # noqa: E731
+    else:
+        minimise = lambda c: c.cost + BYTES_WEIGH * c.nbytes / total  # noqa: E731
+    limits: list[tuple[Value, float]] = []
+    if budget.size is not None:
+        beside = baseline.payload - sum(c.nbytes for c in kept.values())
+        allowed = budget.size.of(baseline.size_bytes)
+        room = allowed - beside - 2 * baseline.container
+        least = sum(min(c.nbytes for c in menu) for menu in menus.values())
+        if room < least:
+            smallest = least + beside + 2 * baseline.container
+            raise BudgetError(
+                f"size {allowed:.0f} bytes: the smallest file any option here makes is {smallest} bytes; allow more"
+            )
+        limits.append((lambda c: c.nbytes, room))
+    if budget.energy is not None:
+        ratio = sum(baseline.runtime_seconds[r] / baseline.seconds[r] for r in baseline.seconds) / len(baseline.seconds)
+        limits.append((lambda c: c.cost, max(1e-9, budget.energy.value / ratio - max(0.0, 1 - kept_cost))))
+    if budget.latency is not None:
+        first_label = next(iter(baseline.seconds))
+        other = max(0.0, baseline.runtime_seconds[first_label] - sum(c.latency_s for c in kept.values()))
+        limits.append((lambda c: c.latency_s, max(1e-12, budget.latency.of(baseline.seconds[first_label]) - other)))
+    links = [Link(producer=g.producer, consumer=g.consumer) for g in groups]
+    problem = Problem(runtime=runtime, menus=menus, links=links, minimise=minimise, limits=limits)
+    return Plan(problem=problem, kept_cost=kept_cost, baseline=baseline)
+
+
+def _as_it_is(menu: Sequence[Choice]) -> Choice:
+    return max((c for c in menu if c.option.name == KEEP.name), key=lambda c: (c.width_in, c.width_out))
+
+
+def uniform_allocation(menus: Mapping[str, Sequence[Choice]], wanted: Option) -> Allocation:
+    """`wanted` wherever a site offers it, int8 weights where it does not, else as it is; full widths."""
+    chosen = []
+    for menu in menus.values():
+        full = _as_it_is(menu)
+        whole = {c.option.name: c for c in menu if (c.width_in, c.width_out) == (full.width_in, full.width_out)}
+        chosen.append(whole.get(wanted.name) or whole.get(INT8_WEIGHTS.name) or full)
+    return Allocation(choices=tuple(chosen))

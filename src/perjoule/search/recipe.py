@@ -1,0 +1,82 @@
+"""From an allocation to the recipe that carries it out, and back to bytes that must come true."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from onnx import TensorProto
+from torch import Tensor
+
+from perjoule.compress.apply import Compressed
+from perjoule.compress.forms import Channels
+from perjoule.compress.groups import Group
+from perjoule.compress.sites import Site
+from perjoule.core.record import Recipe, Step
+from perjoule.export.graph import ROOT, Graph, stored_bytes
+from perjoule.search.allocate import Allocation
+from perjoule.search.menu import Option
+
+_ORDER = {"Channels": 0, "LowRank": 1}
+
+
+def recipe_of(allocation: Allocation, groups: Sequence[Group], seed: int) -> Recipe:
+    """Channels first, then factorisations, then codes: each step sees the shapes the one before left."""
+    widths = {c.site: c.width_out for c in allocation.choices if c.width_out}
+    steps = [
+        Step(
+            sites=(g.name,),
+            form=Channels(keep=widths[g.producer], block=g.block).config(),
+            saliency="second_order",
+            fit="second_order",
+        )
+        for g in groups
+        if widths.get(g.producer, g.channels) < g.channels
+    ]
+    by_option: dict[Option, list[str]] = {}
+    for choice in allocation.choices:
+        if choice.option.form is not None:
+            by_option.setdefault(choice.option, []).append(choice.site)
+    ordered = sorted(by_option.items(), key=lambda item: _ORDER.get(type(item[0].form).__name__, 2))
+    for option, sites in ordered:
+        assert option.form is not None
+        config = option.form.config()
+        steps.append(Step(sites=tuple(sites), form=config, saliency=option.saliency, fit=option.fit))
+    return Recipe(steps=tuple(steps), seed=seed)
+
+
+def payload_bytes(original: Graph, sites: Sequence[Site], compressed: Compressed) -> int:
+    """Bytes of weights the compressed model's file must hold, from its forms and the original's graph.
+
+    The original graph says which tensors reach the answer; forms say what each becomes. Nothing is exported here.
+    """
+    weights = {name for site in sites for name in weight_tensors(original, site)}
+    state = compressed.model.state_dict()
+    total = sum(_rest(t, state) for t in original.graph.initializer if t.name not in weights)
+    for name, site in compressed.sites.items():
+        packed = compressed.packed.get(name)
+        total += sum(p.nbytes for p in packed) if packed else 4 * site.weights
+    return total
+
+
+def weight_tensors(graph: Graph, site: Site) -> set[str]:
+    """Names of the stored tensors that are the weights of `site`; linear ones were renamed when they were turned."""
+    if site.kind == "recurrent":
+        stored = {t.name for t in graph.graph.initializer}
+        return {f"{ROOT}.{site.name}.{p}".replace("..", ".") for p in site.parameters} & stored
+    kinds, at = {
+        "linear": (("MatMul", "Gemm"), 1),
+        "conv": (("Conv",), 1),
+        "table": (("Gather",), 0),
+    }[site.kind]
+    size = {t.name: math.prod(t.dims) for t in graph.graph.initializer}
+    return {n.input[at] for n in graph.nodes_in(site.name, kinds) if size.get(n.input[at]) == site.weights}
+
+
+def _rest(tensor: TensorProto, state: Mapping[str, Tensor]) -> int:
+    name = tensor.name.removeprefix(f"{ROOT}.")
+    module, _, parameter = name.rpartition(".")
+    for place in (name, f"{module}.1.{parameter}"):  # a factorised layer keeps its bias in the second factor
+        if place in state:
+            return state[place].numel() * state[place].element_size()
+    return stored_bytes(tensor)

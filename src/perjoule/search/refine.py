@@ -1,0 +1,116 @@
+"""Refinement: predictions propose, evaluations of the whole model dispose.
+
+Damages are predictions that ignore how layers interact. Each evaluated version shows the true change of the answers;
+one factor per family of methods is refitted to all that was seen (least squares of relative errors, ridge towards 1),
+the allocation is solved again, and the damage ceiling is bisected towards the budget's quality - until the budget of
+evaluations is spent. Uniform settings are evaluated first: the search can only be better than what a person does by
+hand, never worse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import lsq_linear
+
+from perjoule.search.allocate import Allocation, Choice, Link, Value, allocate
+
+RIDGE = 0.05
+CLOSE = 1.1
+"""The bisection ends when the least damage that fails is this close to the largest that passes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """One version, evaluated whole."""
+
+    allocation: Allocation
+    label: str
+    distance: float
+    """True mean squared relative change of the answers."""
+    relative: float
+    """Quality over the original's, on the search half."""
+
+
+@dataclass(kw_only=True)
+class Problem:
+    """What is to be decided, for one runtime."""
+
+    runtime: str
+    menus: Mapping[str, Sequence[Choice]]
+    links: Sequence[Link]
+    minimise: Value
+    limits: Sequence[tuple[Value, float]]
+    """Ceilings other than damage."""
+
+    def cheapest(self, ceiling: float, factors: Mapping[str, float]) -> Allocation | None:
+        """The allocation of least objective with a corrected damage of at most `ceiling`."""
+        damage = (lambda c: c.corrected(factors), ceiling)
+        return allocate(self.menus, self.links, minimise=self.minimise, limits=[damage, *self.limits])
+
+
+def correction(seen: Sequence[Evaluated]) -> dict[str, float]:
+    """One factor per family, so that corrected damages match the distances seen."""
+    rows = [(e.allocation.damages(), e.distance) for e in seen if e.distance > 0]
+    families = sorted({f for damages, _ in rows for f, d in damages.items() if d > 0})
+    if not families:
+        return {}
+    matrix = np.array([[damages.get(f, 0.0) / distance for f in families] for damages, distance in rows])
+    ridge = math.sqrt(RIDGE) * np.eye(len(families))
+    solved = lsq_linear(
+        np.vstack([matrix, ridge]),
+        np.concatenate([np.ones(len(rows)), math.sqrt(RIDGE) * np.ones(len(families))]),
+        bounds=(0.02, 50.0),
+    )
+    return dict(zip(families, solved.x.tolist(), strict=True))
+
+
+def refine(
+    problems: Sequence[Problem],
+    start: Sequence[tuple[str, Allocation]],
+    evaluate: Callable[[Allocation, str], Evaluated],
+    *,
+    keep: float,
+    evaluations: int,
+) -> list[Evaluated]:
+    """Evaluate `start`, then allocations ever closer to the quality budget; all that was evaluated, in order."""
+    seen: list[Evaluated] = []
+    known: set[str] = set()
+
+    def look(allocation: Allocation, label: str) -> Evaluated | None:
+        if allocation.key in known or len(seen) >= evaluations:
+            return None
+        known.add(allocation.key)
+        seen.append(evaluate(allocation, label))
+        return seen[-1]
+
+    for label, allocation in start:
+        look(allocation, label)
+    turn, idle = 0, 0
+    while problems and len(seen) < evaluations and idle < 2 * len(problems):
+        problem = problems[turn % len(problems)]
+        turn += 1
+        factors = correction(seen)
+        proposed = problem.cheapest(_next_ceiling(seen, factors, keep), factors)
+        found = look(proposed, f"search {len(seen) + 1}") if proposed is not None else None
+        idle = 0 if found else idle + 1
+    return seen
+
+
+def _next_ceiling(seen: Sequence[Evaluated], factors: Mapping[str, float], keep: float) -> float:
+    """Damage to try next: between the largest distance that passed and the least that failed."""
+    passed = [e.distance for e in seen if e.relative >= keep]
+    failed = [e.distance for e in seen if e.relative < keep]
+    low = max(passed, default=0.0)
+    above = [d for d in failed if d > low]
+    high = min(above, default=0.0)
+    if high and high / max(low, 1e-12) < CLOSE:
+        return low
+    if low and high:
+        return math.sqrt(low * high)
+    if low:
+        return low * 3
+    return (min(failed) if failed else 1e-2) / 3

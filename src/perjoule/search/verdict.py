@@ -1,0 +1,58 @@
+"""The verdict: one sentence that says only what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from perjoule.core import units
+from perjoule.core.reading import Estimate
+from perjoule.core.result import Point, Result
+
+
+def verdict_of(result: Result, points: Sequence[Point]) -> str:
+    """One sentence: what the best version saves and keeps, or why there is none."""
+    best = result.best
+    if best is None:
+        nearest = max(points, key=lambda p: p.quality_relative.value, default=None)
+        if nearest is None:
+            return f"No version of {result.workload} could be proven."
+        return f"No version of {result.workload} met the budget; the nearest, {nearest.name}, {nearest.reason}."
+    requests = list(best.speedup)
+    first, last = requests[0], requests[-1]
+    speeds = [_faster(best.speedup[first], first)]
+    if last != first:
+        speeds.append(_faster(best.speedup[last], last))
+    smaller = result.original.size_bytes / best.size_bytes
+    energy = _energy(best.energy_ratio[first], first)
+    return (
+        f"{result.workload} in {best.runtime} {energy}, answers {' and '.join(speeds)}, its file is"
+        f" {units.times(smaller)} smaller, and it keeps {units.percent(best.quality_relative.value)} of its"
+        f" {result.quality_name}."
+    )
+
+
+def _faster(speedup: Estimate, request: str) -> str:
+    if speedup.low <= 1 <= speedup.high:
+        return f"no distinguishably faster at request {request}"
+    word = "faster" if speedup.value > 1 else "the speed"
+    return f"{units.times(speedup.value)} {word} at request {request}"
+
+
+def _energy(ratio: Estimate, request: str) -> str:
+    if ratio.low <= 1 <= ratio.high:
+        return f"takes no distinguishably different energy at request {request}"
+    change = ratio.value - 1
+    sign = "−" if change < 0 else "+"
+    return f"takes {sign}{abs(100 * change):.0f} % energy per request {request} ({ratio.how})"
+
+
+def references_of(best: Point | None) -> tuple[str, ...]:
+    """Citations of the methods in the best version, and of the search itself."""
+    used = [c for r in best.coverage.treated for c in r.cite] if best is not None else []
+    always = [
+        "Huangfu & Hall 2018, Mathematical Programming Computation 10:119 (HiGHS, exact allocation)",
+        "Nagel et al. 2019, arXiv:1906.04721 (bias correction)",
+    ]
+    if best is not None and best.recipe.repair is not None:
+        always.append("Hinton et al. 2015, arXiv:1503.02531 (distillation)")
+    return tuple(dict.fromkeys([*used, *always]))
