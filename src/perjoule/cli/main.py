@@ -57,7 +57,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(optimize)
-app.command()(optimize)
 app.command()(count)
 app.command(context_settings=CONTEXT)(measure)
 app.command()(devices)

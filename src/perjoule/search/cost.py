@@ -34,7 +34,7 @@ from perjoule.export.worker import answer_for
 from perjoule.measure.forward import answer, plain_kernels
 from perjoule.search.menu import Option
 
-WINDOW_S = 0.03
+WINDOW_S = 0.02
 REPEATS = 3
 IMPOSSIBLE = float("inf")
 

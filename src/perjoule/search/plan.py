@@ -10,7 +10,7 @@ from torch import nn
 
 from perjoule.compress.groups import Group
 from perjoule.compress.sites import Site
-from perjoule.core.budget import Budget
+from perjoule.core.budget import Budget, Objective
 from perjoule.core.errors import BudgetError
 from perjoule.search.allocate import Allocation, Choice, Link, Value
 from perjoule.search.cost import CostTable
@@ -61,6 +61,7 @@ def menus_for(
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
     table: CostTable,
     baseline: Baseline,
+    objective: Objective,
     progress: Callable[[], None],
 ) -> dict[str, list[Choice]]:
     """All choices of all sites for one runtime; costs are measured as they are asked for."""
@@ -71,39 +72,66 @@ def menus_for(
     for site in sites:
         group_in, group_out = consumed.get(site.name), produced.get(site.name)
         menu: list[Choice] = []
-        for option in options(site):
+        for option in options(site, objective):
             if option.name not in damages.of_option[site.name]:
                 continue
-            for wide_in in widths(group_in) if group_in else [0]:
-                for wide_out in widths(group_out) if group_out else [0]:
-                    cut = _cut(site, option, group_in, wide_in, wide_out)
-                    if cut is None:
-                        continue
-                    rows, columns = cut
-                    seconds = {
-                        label: table.of(
-                            model, site, option, _shape(site, shapes[site.name][label], columns), rows, columns
-                        )
-                        for label in labels
-                    }
-                    if any(math.isinf(s) for s in seconds.values()):
-                        continue
-                    menu.append(
-                        Choice(
-                            site=site.name,
-                            option=option,
-                            width_in=wide_in,
-                            width_out=wide_out,
-                            damage=damages.of_option[site.name][option.name],
-                            damage_width=damages.of_width[group_in.name][wide_in] if group_in else 0.0,
-                            nbytes=_nbytes(site, option, rows, columns) + _beside(model, site, group_out, rows),
-                            cost=sum(s / baseline.runtime_seconds[k] for k, s in seconds.items()) / len(labels),
-                            latency_s=seconds[labels[0]],
-                        )
+            ways = [
+                (wide_in, wide_out, *cut)
+                for wide_in in (widths(group_in) if group_in else [0])
+                for wide_out in (widths(group_out) if group_out else [0])
+                if (cut := _cut(site, option, group_in, wide_in, wide_out)) is not None
+            ]
+            seconds = {
+                label: _surface(model, site, option, shapes[site.name][label], [w[2:] for w in ways], table)
+                for label in labels
+            }
+            for wide_in, wide_out, rows, columns in ways:
+                found = {label: seconds[label][rows, columns] for label in labels}
+                if any(math.isinf(s) for s in found.values()):
+                    continue
+                menu.append(
+                    Choice(
+                        site=site.name,
+                        option=option,
+                        width_in=wide_in,
+                        width_out=wide_out,
+                        damage=damages.of_option[site.name][option.name],
+                        damage_width=damages.of_width[group_in.name][wide_in] if group_in else 0.0,
+                        nbytes=_nbytes(site, option, rows, columns) + _beside(model, site, group_out, rows),
+                        cost=sum(s / baseline.runtime_seconds[k] for k, s in found.items()) / len(labels),
+                        latency_s=found[labels[0]],
                     )
+                )
         menus[site.name] = menu
         progress()
     return menus
+
+
+def _surface(
+    model: nn.Module,
+    site: Site,
+    option: Option,
+    shape: tuple[int, ...],
+    sizes: Sequence[tuple[int, int]],
+    table: CostTable,
+) -> dict[tuple[int, int], float]:
+    """Seconds for every size, measured at the corners and bilinear between: products cost a + b rows columns."""
+
+    def corner(rows: int, columns: int) -> float:
+        return table.of(model, site, option, _shape(site, shape, columns), rows, columns)
+
+    (r0, r1), (c0, c1) = ((min(v), max(v)) for v in zip(*sizes, strict=True))
+    at = {(r, c): corner(r, c) for r in {r0, r1} for c in {c0, c1}}
+    if any(math.isinf(v) for v in at.values()):
+        return dict.fromkeys(sizes, math.inf)
+    found = {}
+    for rows, columns in sizes:
+        u = (rows - r0) / (r1 - r0) if r1 > r0 else 0.0
+        v = (columns - c0) / (c1 - c0) if c1 > c0 else 0.0
+        low = (1 - u) * at[r0, c0] + u * at[r1, c0]
+        high = (1 - u) * at[r0, c1] + u * at[r1, c1]
+        found[rows, columns] = (1 - v) * low + v * high
+    return found
 
 
 def _timed(labels: Sequence[str]) -> list[str]:

@@ -196,7 +196,15 @@ class Run:
         def assess() -> Any:
             with stage(self.progress, "sensitivity: every option of every layer", len(self.sites)) as step:
                 found = sensitivity.assess(
-                    self.model, self.sites, self.groups, self.stats, self.sensed, batches, self.seed, step
+                    self.model,
+                    self.sites,
+                    self.groups,
+                    self.stats,
+                    self.sensed,
+                    batches,
+                    self.seed,
+                    self.budget.objective,
+                    step,
                 )
             return to_json(found)
 
@@ -267,13 +275,21 @@ class Run:
             def fill(table: cost.CostTable = table, baseline: plan.Baseline = baseline) -> Any:
                 name = f"costs: every form, timed in {table.runtime.name}"
                 with stage(self.progress, name, len(self.sites)) as step, cost.steady_threads():
-                    plan.menus_for(self.model, self.sites, self.groups, self.damages, shapes, table, baseline, step)
+                    plan.menus_for(self.model, self.sites, self.groups, self.damages, shapes, table, baseline, self.budget.objective, step)
                 return {k: (None if math.isinf(v) else v) for k, v in table.seconds.items()}
 
             known = self.session.once(f"costs {runtime.name}", fill)
             table.seconds = {k: (math.inf if v is None else v) for k, v in known.items()}
             menus = plan.menus_for(
-                self.model, self.sites, self.groups, self.damages, shapes, table, baseline, lambda: None
+                self.model,
+                self.sites,
+                self.groups,
+                self.damages,
+                shapes,
+                table,
+                baseline,
+                self.budget.objective,
+                lambda: None,
             )
             self.plans[runtime.name] = plan.plan_for(menus, self.groups, self.budget, baseline, runtime.name)
 
@@ -481,7 +497,7 @@ class Run:
         """Why a site that could be treated was left as it is."""
         reasons = {}
         for site in self.sites:
-            offered = [o for o in options(site) if o.name != KEEP.name]
+            offered = [o for o in options(site, self.budget.objective) if o.name != KEEP.name]
             refused = self.damages.refused.get(site.name, {})
             if not offered:
                 reasons[site.name] = f"{site.weights} weights: too few to gain anything"

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from perjoule.compress.apply import Applier, metric_for
 from perjoule.compress.fit import FITS
-from perjoule.compress.forms import Channels, Grid, Packed
+from perjoule.compress.forms import Grid
+from perjoule.compress.forms.channels import removal_errors
 from perjoule.compress.groups import Group
 from perjoule.compress.saliency import Statistics
 from perjoule.compress.sites import Site
 from perjoule.compress.stream import Sensed, TableStatistics
+from perjoule.core.budget import Objective
 from perjoule.core.errors import ConfigError
 from perjoule.core.record import Recipe, Step
 from perjoule.measure.forward import answers
@@ -53,6 +55,7 @@ def assess(
     sensed: Sensed,
     batches: Sequence[Mapping[str, Any]],
     seed: int,
+    objective: Objective,
     progress: Callable[[], None],
 ) -> Damages:
     """Damages of all options of all sites, and of all widths of all groups."""
@@ -67,7 +70,7 @@ def assess(
             centred = seen.centred() if isinstance(seen, Statistics) and module.bias is not None else seen
             w_OI = site.matrices(model)[0]
             per_option: dict[str, float] = {}
-            for option in options(site):
+            for option in options(site, objective):
                 try:
                     per_option[option.name] = _damage(site, w_OI, option, centred, sensed, seed)
                 except (ConfigError, RuntimeError) as error:
@@ -105,12 +108,8 @@ def _rounded_inputs(option: Option, w_OI: Tensor, seen: Statistics | TableStatis
 
 
 def _widths(site: Site, w_OI: Tensor, group: Group, seen: Statistics, sensed: Sensed, seed: int) -> dict[int, float]:
-    metric = metric_for(site, w_OI, "second_order", seen, seed)
-    found = {group.channels: 0.0}
-    for keep in widths(group)[1:]:
-        packed: Packed = FITS["second_order"](Channels(keep=keep, block=group.block), w_OI, metric)
-        found[keep] = _error(w_OI - packed.dense(), site, w_OI, seen, sensed)
-    return found
+    errors = removal_errors(w_OI, metric_for(site, w_OI, "second_order", seen, seed), group.block)
+    return {keep: float(errors[keep]) / max(sensed.output_square, 1e-30) for keep in widths(group)}
 
 
 def _recurrent(model: nn.Module, site: Site, batches: Iterable[Mapping[str, Any]], seed: int) -> dict[str, float]:

@@ -156,6 +156,9 @@ def encoder() -> Tiny:
     """A transformer encoder block over token ids, with padding."""
     with seeded(6):
         model = _Encoder()
+        for norm in (model.norm_1, model.norm_2):  # trained norms differ; equal ones would be stored once
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.uniform_(norm.bias, -0.5, 0.5)
         batches = []
         for length in (9, 12):
             tokens = torch.randint(0, 40, (6, length))

@@ -40,8 +40,7 @@ class ChannelsPacked(Packed):
 
     def columns(self) -> Tensor:
         """Indices of the columns that stay, of the original matrix."""
-        block = self.w_OK.shape[1] // len(self.keep_K)
-        return (self.keep_K[:, None] * block + torch.arange(block)).flatten()
+        return _columns(self.keep_K, self.w_OK.shape[1] // len(self.keep_K))
 
     def dense(self) -> Tensor:
         rows, block = self.w_OK.shape[0], self.w_OK.shape[1] // len(self.keep_K)
@@ -86,18 +85,10 @@ class Channels(Form):
         return packed
 
     def compensated(self, w_OI: Tensor, metric: Metric) -> ChannelsPacked:
-        assert metric.full_II is not None
-        channels, b = self._channels(w_OI.shape[1]), self.block
-        h = metric.full_II.double()
-        h = h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-        diagonal_Cbb = inverse.reshape(channels, b, channels, b).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        w_COb = w_OI.double().reshape(-1, channels, b).transpose(0, 1)
-        if metric.rows_O is not None:
-            w_COb = w_COb * metric.rows_O.double().sqrt()[None, :, None]
-        score_C = (w_COb @ torch.linalg.inv(diagonal_Cbb) * w_COb).sum((1, 2))
-        keep_K = score_C.topk(self.keep).indices.sort().values
-        kept = (keep_K[:, None] * b + torch.arange(b)).flatten()
+        channels = self._channels(w_OI.shape[1])
+        h = _damped(metric)
+        keep_K = removal_scores(w_OI, metric, self.block).topk(self.keep).indices.sort().values
+        kept = _columns(keep_K, self.block)
         refit = torch.linalg.solve(h[kept][:, kept], h[kept] @ w_OI.double().T).T
         return ChannelsPacked(w_OK=refit.float(), keep_K=keep_K, channels=channels)
 
@@ -107,3 +98,49 @@ class Channels(Form):
 
     def describe(self) -> str:
         return f"{self.keep} channels"
+
+
+def _columns(channels_K: Tensor, block: int) -> Tensor:
+    return (channels_K[:, None] * block + torch.arange(block)).flatten()
+
+
+def _damped(metric: Metric) -> Tensor:
+    assert metric.full_II is not None
+    h = metric.full_II.double()
+    return h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+
+
+def _weighted(w_OI: Tensor, metric: Metric) -> Tensor:
+    w = w_OI.double()
+    return w if metric.rows_O is None else w * metric.rows_O.double().sqrt()[:, None]
+
+
+def removal_scores(w_OI: Tensor, metric: Metric, block: int) -> Tensor:
+    """Per channel, the least error that removing it alone causes once the others are refitted."""
+    # Not cholesky_inverse: it is unblocked, five times slower for thousands of inputs.
+    inverse = torch.linalg.inv(_damped(metric))
+    channels = w_OI.shape[1] // block
+    diagonal_Cbb = inverse.reshape(channels, block, channels, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    w_COb = _weighted(w_OI, metric).reshape(-1, channels, block).transpose(0, 1)
+    scores: Tensor = (w_COb @ torch.linalg.inv(diagonal_Cbb) * w_COb).sum((1, 2))
+    return scores
+
+
+def removal_errors(w_OI: Tensor, metric: Metric, block: int) -> Tensor:
+    """For every K, the error of keeping the K best channels with the rest refitted; index K, from 0 to C.
+
+    With channels ordered from the best to the worst and H = L Lᵀ, the Schur complement of the removed ones is
+    L_RR L_RRᵀ: one factorisation gives the refitted error of all widths, tr(W_R L_RR L_RRᵀ W_Rᵀ).
+    """
+    order_C = removal_scores(w_OI, metric, block).argsort(descending=True)
+    order = _columns(order_C, block)
+    factor = torch.linalg.cholesky(_damped(metric)[order][:, order])
+    w = _weighted(w_OI, metric)[:, order]
+    channels = len(order_C)
+    errors = torch.zeros(channels + 1, dtype=torch.float64)
+    # W_R L_RR accumulated from the last channel backwards: column j of the product reads rows >= j of L.
+    for keep in range(channels - 1, -1, -1):
+        start = keep * block
+        column = w[:, start:] @ factor[start:, start : start + block]
+        errors[keep] = errors[keep + 1] + column.square().sum()
+    return errors

@@ -64,12 +64,12 @@ class LowRank(Form):
 
     def compensated(self, w_OI: Tensor, metric: Metric) -> Packed:
         assert metric.full_II is not None
-        # S from the eigenvectors of H, not from Cholesky: calibration data may span less than all of I.
-        value_I, vector_II = torch.linalg.eigh(metric.full_II.double())
-        root_I = value_I.clamp_min(value_I[-1] * 1e-9).sqrt()
-        r_O1 = _row_roots(w_OI, metric).double()[:, None]
-        a_Or, b_rI = _truncated(r_O1 * w_OI.double() @ (vector_II * root_I), self.rank(*w_OI.shape))
-        return LowRankPacked(a_Or=(a_Or / r_O1).float(), b_rI=((b_rI / root_I) @ vector_II.T).float())
+        h = metric.full_II.double()
+        # A trace of damping: calibration data may span less than all of I, and S must be inverted.
+        root_II = torch.linalg.cholesky(h + 1e-8 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype))
+        a_Or, b_rI = _truncated(w_OI.double() @ root_II, self.rank(*w_OI.shape))
+        b_rI = torch.linalg.solve_triangular(root_II, b_rI, upper=False, left=False)
+        return LowRankPacked(a_Or=a_Or.float(), b_rI=b_rI.float())
 
     def nbytes(self, rows: int, columns: int) -> int:
         return 4 * self.rank(rows, columns) * (rows + columns)
