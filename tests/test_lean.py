@@ -98,9 +98,6 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 """
 
 
-@pytest.mark.xfail(
-    strict=True, reason="importing openvino reports to its makers; export/runtimes.py must stop it first"
-)
 def test_opening_a_file_in_openvino_reports_to_nobody(tmp_path: Path):
     code = """
     from pathlib import Path

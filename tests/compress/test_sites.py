@@ -55,6 +55,7 @@ REASONS = [
     (nn.Linear(4, 4, dtype=torch.float64), "not float32"),
     (nn.Embedding(4, 4, max_norm=1.0), "max_norm"),
     (nn.LSTM(4, 4, proj_size=2), "projection"),
+    (nn.RNN(4, 4), "plain RNN"),
     (nn.LayerNorm(4), "normalisation"),
     (nn.ConvTranspose2d(4, 4, 3), "no form knows ConvTranspose2d"),
     (nn.Bilinear(2, 2, 2), "no form knows Bilinear"),

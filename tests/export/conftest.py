@@ -1,4 +1,4 @@
-"""Every tiny model is calibrated and traced once; runtimes are asked without optimisations, so that they are oracles."""
+"""Every tiny model is calibrated and traced once; runtimes run without optimisations, so that they are oracles."""
 
 import logging
 
@@ -12,7 +12,10 @@ from perjoule.compress.apply import Applier
 from perjoule.compress.forms import Channels, Grid, LowRank, Sparse
 from perjoule.compress.stream import gradients, inputs
 from perjoule.core.record import Recipe, Step
+from perjoule.export.artifact import lowered
+from perjoule.export.graph import export
 from perjoule.export.runtimes import as_feed
+from perjoule.export.simplify import simplify
 from perjoule.testing.models import TINY
 
 VERSIONS = {
@@ -66,6 +69,15 @@ class Prepared:
             stats.update(group)
         structural, _ = groups.find(groups.trace(model, batches[0]), model, found)
         self.applier = Applier(model, found, structural, stats)
+        self._versions, self._graphs, self._original = {}, {}, None
+
+    @property
+    def original(self):
+        """The graph of the untouched model. Not to be changed."""
+        if self._original is None:
+            self._original = export(self.tiny.model, self.tiny.batches[0], self.tiny.dynamic)
+            simplify(self._original.graph)
+        return self._original
 
     def recipe(self, version):
         form, steps = VERSIONS[version], []
@@ -80,7 +92,16 @@ class Prepared:
         return Recipe(steps=tuple(steps))
 
     def version(self, version):
-        return self.applier.apply(self.recipe(version))
+        """The compressed model. Made once."""
+        if version not in self._versions:
+            self._versions[version] = self.applier.apply(self.recipe(version))
+        return self._versions[version]
+
+    def graph(self, version):
+        """Its lowered graph. Made once, not to be changed."""
+        if version not in self._graphs:
+            self._graphs[version] = lowered(self.version(version), self.tiny.batches[0], self.tiny.dynamic)
+        return self._graphs[version]
 
 
 @pytest.fixture(scope="session")
@@ -104,9 +125,7 @@ def plain_run():
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         names = {i.name for i in session.get_inputs()}
         return session.run(None, {k: v for k, v in as_feed(batch).items() if k in names})[0]
 

@@ -115,7 +115,9 @@ def _site(name: str, module: nn.Module) -> tuple[Site | None, str]:
         if module.max_norm is not None:
             return None, "embedding with max_norm changes its weights when it is read"
         return made("table", "weight"), ""
-    if isinstance(module, nn.LSTM | nn.GRU | nn.RNN):
+    if isinstance(module, nn.RNN):
+        return None, "plain RNN: torch's exporter unrolls it, so there is no operator to hold its codes"
+    if isinstance(module, nn.LSTM | nn.GRU):
         if getattr(module, "proj_size", 0):
             return None, "recurrent projection is not supported yet"
         return made("recurrent", *(n for n, p in module.named_parameters(recurse=False) if p.ndim == 2)), ""

@@ -1,7 +1,7 @@
 """Recurrent layers in integers: an ONNX LSTM becomes ONNX Runtime's DynamicQuantizeLSTM over our codes.
 
-The gates are fused inside the operator, so activations are quantised there, dynamically. GRU and plain RNN have no
-such operator: their weights are stored in int8 and decoded when the file is loaded (smaller file, same speed).
+The gates are fused inside the operator, so activations are quantised there, dynamically. A GRU has no such operator:
+its weights are stored in int8 and decoded when the file is loaded (smaller file, same speed).
 Shapes   D directions, H hidden units, I inputs, gates i o f c (ONNX) against i f g o (torch).
 """
 
@@ -20,7 +20,7 @@ from perjoule.core.errors import ExportError
 from perjoule.export.graph import CONSTANT
 from perjoule.export.lower import Writer
 
-_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
+_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 """ONNX gate k is torch gate _ORDER[k]: i f g o -> i o f c, r z n -> z r h."""
 _MICROSOFT = "com.microsoft"
 

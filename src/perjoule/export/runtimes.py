@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -86,6 +87,14 @@ class _OrtSession(Session):
         return self._session.run(None, {k: v for k, v in feed.items() if k in self._inputs})[0]
 
 
+def _openvino() -> Any:
+    """The library, kept from sending usage data: importing it does, unless its telemetry module cannot be found."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
 class OpenVino(Runtime):
     """OpenVINO, CPU, float32 where the file does not say integer."""
 
@@ -95,14 +104,12 @@ class OpenVino(Runtime):
 
     @classmethod
     def version(cls) -> str:
-        import openvino
-
+        openvino = _openvino()
         return f"openvino {openvino.__version__.split('-')[0]}"
 
     @classmethod
     def open(cls, model: Path | bytes, threads: int) -> Session:
-        import openvino
-
+        openvino = _openvino()
         core = openvino.Core()
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",

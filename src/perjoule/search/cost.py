@@ -11,6 +11,7 @@ measured in joules before anything is claimed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +37,6 @@ from perjoule.search.menu import Option
 
 WINDOW_S = 0.02
 REPEATS = 3
-IMPOSSIBLE = float("inf")
 
 
 def input_shapes(
@@ -70,33 +70,40 @@ class CostTable:
     runtime: type[Runtime]
     threads: int
     seconds: dict[str, float] = field(default_factory=dict)
-    """By key of shape and option; infinite where the runtime refuses it."""
+    """By key of shape and option."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """By the same key: why the runtime, or the lowering, refuses it."""
 
     def of(
         self, model: nn.Module, site: Site, option: Option, shape: tuple[int, ...], rows: int, columns: int
     ) -> float:
-        """Seconds of `site` treated by `option`, cut to rows x columns, on an input of `shape`."""
+        """Seconds of `site` in `option`, cut to rows x columns, on an input of `shape`; infinite if refused."""
         if site.kind == "table":
             return 0.0  # reading a few rows: far below what can be timed, in every form
         key = _key(site, option, shape, rows, columns, site.module(model))
-        if key not in self.seconds:
-            self.seconds[key] = self._measure(model, site, option, shape, rows, columns)
-        return self.seconds[key]
+        if key not in self.seconds and key not in self.refused:
+            try:
+                self.seconds[key] = self._measure(model, site, option, shape, rows, columns)
+            except ExportError as error:
+                self.refused[key] = str(error)
+        return self.seconds.get(key, math.inf)
+
+    def reasons(self) -> list[str]:
+        """What was refused, one line per layer type, option and reason."""
+        lines = {f"{'|'.join(key.split('|')[:2])}: {why}" for key, why in self.refused.items()}
+        return [f"{self.runtime.name} cannot run {line.replace('|', ' as ', 1)}" for line in sorted(lines)]
 
     def _measure(
         self, model: nn.Module, site: Site, option: Option, shape: tuple[int, ...], rows: int, columns: int
     ) -> float:
+        graph = one_layer(site.module(model), site, option, shape, rows, columns)
+        session = self.runtime.open(graph.proto.SerializeToString(), self.threads)
+        feed = {"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
         try:
-            graph = one_layer(site.module(model), site, option, shape, rows, columns)
-            session = self.runtime.open(graph.proto.SerializeToString(), self.threads)
-            x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-            feed = {"x": x}
             answer_for(session, feed, 0.0)
             found = [answer_for(session, feed, WINDOW_S) for _ in range(REPEATS)]
-        except ExportError:
-            return IMPOSSIBLE
-        except Exception:  # noqa: BLE001 - runtimes raise their own C++ exception types while running, too
-            return IMPOSSIBLE
+        except Exception as error:
+            raise ExportError(f"fails on its first request: {' '.join(str(error).split())[:200]}") from error
         return min(seconds / count for count, seconds in found)
 
 
@@ -117,6 +124,8 @@ def one_layer(module: nn.Module, site: Site, option: Option, shape: tuple[int, .
     if isinstance(option.form, LowRank):
         return _two_products(shape, columns, option.form.rank(rows, columns), rows)
     w_OI = torch.randn(rows, columns, generator=generator) / columns**0.5
+    packed = option.form.nearest(w_OI, Metric(diagonal_OI=torch.ones(1, columns))) if option.form is not None else None
+    w_OI = packed.dense() if packed is not None else w_OI  # as in a real export: lowering finds the decoded weights
     bias = numpy_helper.from_array(np.zeros(rows, np.float32), "bias")
     if site.kind == "conv":
         assert isinstance(module, nn.Conv1d | nn.Conv2d)
@@ -138,9 +147,8 @@ def one_layer(module: nn.Module, site: Site, option: Option, shape: tuple[int, .
     stored = numpy_helper.from_array(np.asarray(weight, order="C"), "weight")
     graph = _graph(nodes, [stored, bias], shape)
     graph.module_of = {OUTPUT: (site.name,), "product": (site.name,)}
-    if option.form is None:
+    if packed is None:
         return graph
-    packed = option.form.nearest(w_OI, Metric(diagonal_OI=torch.ones(1, columns)))
     if isinstance(packed, GridPacked) and option.activations == "static":
         packed.activation = ActivationGrid.over(-4.0, 4.0)
     assert isinstance(option.form, Grid | Sparse)
@@ -172,8 +180,8 @@ def _one_recurrent(module: nn.Module, site: Site, option: Option, shape: tuple[i
     graph = export_graph(_Alone(module), {"x": torch.zeros(shape)}, {"x": (0,)})
     if option.form is not None:
         matrices = [getattr(module, p).detach() for p in site.parameters]
-        packed = [option.form.nearest(w, Metric(diagonal_OI=torch.ones(1, w.shape[1]))) for w in matrices]
-        lower(graph, {"layer": alone}, {"layer": packed}, {"layer": option.activations}, lower_recurrent)
+        codes = [option.form.nearest(w, Metric(diagonal_OI=torch.ones(1, w.shape[1]))) for w in matrices]
+        lower(graph, {"layer": alone}, {"layer": codes}, {"layer": option.activations}, lower_recurrent)
     return graph
 
 

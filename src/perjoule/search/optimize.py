@@ -23,8 +23,9 @@ from perjoule.core.result import Result
 from perjoule.core.workload import Workload, load
 from perjoule.export.runtimes import RUNTIMES, Runtime
 from perjoule.measure.meter import Meter
-from perjoule.search.run import Run, Settings
+from perjoule.search.run import Run
 from perjoule.search.session import Session
+from perjoule.search.settings import Settings
 
 TARGETS = ("cpu", *RUNTIMES)
 

@@ -251,7 +251,7 @@ def decided(point: Point, original: Point, budget: Budget) -> Point:
 
 
 def original_point(
-    workload: Workload, windows: Sequence[Window], judgement: Judgement, size_bytes: int, payload: int, threads: int
+    windows: Sequence[Window], judgement: Judgement, size_bytes: int, payload: int, threads: int
 ) -> Point:
     """The original, measured in the same rounds."""
     seen = outcome(windows, ORIGINAL, ORIGINAL)

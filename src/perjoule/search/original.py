@@ -1,0 +1,108 @@
+"""The original: everything that is known of it before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from perjoule.compress import groups as grouping
+from perjoule.compress import sites as siting
+from perjoule.compress.apply import Compressed
+from perjoule.core.atomic import replacing
+from perjoule.core.errors import WorkloadError
+from perjoule.core.progress import stage
+from perjoule.core.workload import Workload
+from perjoule.count.counter import count
+from perjoule.export.artifact import lowered, write
+from perjoule.measure.forward import answers
+from perjoule.search.judge import Judge
+from perjoule.search.prove import Prover
+from perjoule.search.session import Session
+
+
+class Original:
+    """Its answers, sites, channel groups, graph, exported file, bytes and count."""
+
+    def __init__(self, workload: Workload, folder: Path, session: Session) -> None:
+        refuse_nan(workload.model)
+        self.workload = replace(workload, model=copy.deepcopy(workload.model).eval())
+        self.model: nn.Module = self.workload.model
+        self.requests = requests_of(self.workload)
+        with stage(session.progress, "original: answers, trace, export", 3) as step:
+            start = time.perf_counter()
+            self.reference = session.again("reference", lambda: answers(self.model, self.workload.evaluation).numpy())
+            self.forward_s = (time.perf_counter() - start) / len(self.workload.evaluation)
+            self.judge = Judge(self.workload, self.reference)
+            step()
+            self.sites, self.untreated = siting.find(self.model)
+            program = grouping.trace(self.model, self.workload.example)
+            self.groups, self.uncut = grouping.find(program, self.model, self.sites)
+            step()
+            graph = lowered(Compressed(model=self.model), self.workload.example, self.workload.dynamic)
+            self.as_is = write(graph, folder / "versions" / "as-is.onnx")
+            stored = folder / "work" / "original.safetensors"
+            with replacing(stored) as beside:
+                save_file(unshared(self.model), beside)
+            self.size_bytes = stored.stat().st_size
+            self.payload_bytes = sum(t.numel() * t.element_size() for t in unshared(self.model).values())
+            self.ledger = count(self.workload, batch=next(iter(self.requests.values())))
+            self.prover = Prover(self.workload, graph, self.sites, self.judge, self.requests, folder)
+            step()
+
+    @property
+    def search_batches(self) -> list[Mapping[str, Any]]:
+        """The evaluation batches the search needs: all, or only the half it may look at."""
+        return list(self.workload.evaluation) if self.judge.needs_all else every_other(self.workload.evaluation)
+
+
+def every_other(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Examples with even number over all batches, in their batches."""
+    halves: list[Mapping[str, Any]] = []
+    before = 0
+    for batch in batches:
+        size = len(next(iter(batch.values())))
+        half = {k: v[before % 2 :: 2] for k, v in batch.items()}
+        before += size
+        if len(next(iter(half.values()))):
+            halves.append(half)
+    return halves
+
+
+def requests_of(workload: Workload) -> dict[str, Mapping[str, Any]]:
+    """The workload's kinds of request; by default one example, and 32."""
+    if workload.requests:
+        return dict(workload.requests)
+    batch = workload.evaluation[0]
+    size = len(next(iter(batch.values())))
+    repeat = -(-32 // size)
+    many = {k: torch.cat([v] * repeat)[:32] if repeat > 1 else v[:32] for k, v in batch.items()}
+    return {"1": {k: v[:1] for k, v in batch.items()}, "32": many}
+
+
+def refuse_nan(model: nn.Module) -> None:
+    """Raise WorkloadError naming the first weight that is not a number."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        broken = tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        # masks kept as buffers legitimately hold -inf; weights never do
+        if broken and (isinstance(tensor, nn.Parameter) or torch.isnan(tensor).any()):
+            raise WorkloadError(f"weight '{name}' holds NaN or infinity; repair the model first")
+
+
+def unshared(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights, tied ones once, as safetensors wants them."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            continue
+        seen.add(tensor.data_ptr())
+        found[name] = tensor.detach().contiguous()
+    return found

@@ -1,0 +1,246 @@
+"""Prospect: what every layer bears, what every form costs on this machine - before anything is compressed."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perjoule.compress import stream
+from perjoule.compress.apply import Applier, Compressed
+from perjoule.core.budget import Budget
+from perjoule.core.codec import from_json, to_json
+from perjoule.core.errors import ExportError, WorkloadError
+from perjoule.core.progress import stage
+from perjoule.core.record import Untreated
+from perjoule.export.runtimes import Runtime
+from perjoule.measure.paired import Window
+from perjoule.search import cost, plan, preflight, prove, sensitivity
+from perjoule.search.menu import KEEP, options
+from perjoule.search.original import Original
+from perjoule.search.session import Session
+from perjoule.search.settings import Settings
+
+
+class Prospect:
+    """Statistics, damages, usable runtimes with their threads, and the allocation problem of each."""
+
+    def __init__(
+        self,
+        original: Original,
+        budget: Budget,
+        runtimes: Sequence[type[Runtime]],
+        evaluations: int,
+        seed: int,
+        settings: Settings,
+        folder: Path,
+        session: Session,
+    ) -> None:
+        self.original, self.budget, self.runtimes = original, budget, list(runtimes)
+        self.evaluations, self.seed, self.settings = evaluations, seed, settings
+        self.folder, self.session, self.progress = folder, session, session.progress
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.model, self.workload, self.requests = original.model, original.workload, original.requests
+        self.untreated = list(original.untreated)
+        self.notes: list[str] = _uncut(original)
+        self.plans: dict[str, plan.Plan] = {}
+        self.threads: dict[str, int] = {}
+        self._preflight()
+        self._calibrate()
+        self._try_runtimes()
+        self._price()
+
+    def _preflight(self) -> None:
+        seconds = sum(4 * s.shape[1] ** 2 for s in self.original.sites if s.kind in ("linear", "conv"))
+        wanted = preflight.needs(
+            weight_bytes=float(self.original.size_bytes),
+            statistics_bytes=float(min(seconds, stream.LIMIT_BYTES)),
+            forward_s=self.original.forward_s,
+            evaluation_batches=len(self.workload.evaluation),
+            calibration_batches=len(self._calibration()),
+            evaluations=self.evaluations,
+            repair_s=2 * self.settings.repair_s,
+            power_w=self.session.meter.reading.power_w,
+        )
+        self.progress.say(f"pre-flight: {wanted.describe()}")
+        preflight.refuse_what_cannot_fit(wanted, self.folder)
+
+    def _calibration(self) -> list[Mapping[str, Any]]:
+        chosen, examples = [], 0
+        for batch in self.workload.calibration:
+            chosen.append(batch)
+            examples += len(next(iter(batch.values())))
+            if examples >= self.settings.calibration_examples:
+                break
+        return chosen
+
+    def _calibrate(self) -> None:
+        batches = self._calibration()
+
+        def gather() -> tuple[stream.Sensed, dict[str, Any]]:
+            sensed = stream.gradients(self.model, self.original.sites, batches, self.seed)
+            stats: dict[str, Any] = {}
+            for group in stream.inputs(self.model, self.original.sites, batches, sensed):
+                stats.update(group)
+            return sensed, stats
+
+        self.progress.begin("calibration: what every layer sees", 1)
+        self.sensed, self.stats = self.session.again("calibrate", gather)
+        self.progress.step()
+        reached = []
+        for site in self.original.sites:
+            if site.kind == "recurrent" or self.sensed.g_O.get(site.name) is not None:
+                reached.append(site)
+            else:
+                reason = "never reaches the model's answer; left out of the exported file"
+                self.untreated.append(
+                    Untreated(site=site.name, kind=site.layer, reason=reason, nbytes=4 * site.weights)
+                )
+        self.sites = reached
+        names = {s.name for s in reached}
+        self.groups = [g for g in self.original.groups if g.producer in names and g.consumer in names]
+        if not self.sites:
+            raise WorkloadError("nothing in this model can be compressed; `perjoule count` lists its layers")
+        self.applier = Applier(self.model, self.sites, self.groups, self.stats)
+
+        def assess() -> Any:
+            with stage(self.progress, "sensitivity: every option of every layer", len(self.sites)) as step:
+                found = sensitivity.assess(
+                    self.model,
+                    self.sites,
+                    self.groups,
+                    self.stats,
+                    self.sensed,
+                    batches,
+                    self.seed,
+                    self.budget.objective,
+                    step,
+                )
+            return to_json(found)
+
+        stored = self.session.once("sensitivity", assess)
+        self.damages = sensitivity.Damages(
+            of_option=stored["of_option"],
+            of_width={g: {int(w): d for w, d in widths.items()} for g, widths in stored["of_width"].items()},
+            refused=stored["refused"],
+        )
+
+    def _try_runtimes(self) -> None:
+        """The original exported as it is, in every runtime and number of threads: who runs, and how fast."""
+        ways = [(r.name, t) for r in self.runtimes for t in dict.fromkeys((self.cores, 1))]
+        usable, refused = [], {}
+        for name, threads in ways:
+            try:
+                self.original.prover.check(self.original.as_is, Compressed(model=self.model), name, threads)
+                usable.append((name, threads))
+            except ExportError as error:
+                refused[name] = str(error)
+        self.notes += [f"{name} is not used: {why}" for name, why in refused.items()]
+        if not usable:
+            raise ExportError(f"no runtime answers like the model: {'; '.join(refused.values())}")
+
+        def trial() -> Any:
+            with stage(self.progress, "runtimes: the original as it is", 3) as step:
+                versions = [(f"{n}/{t}", self.original.as_is.path, n, t) for n, t in usable]
+                windows = self.original.prover.measure(
+                    versions, rounds=3, window_s=self.settings.window_s / 2, step=step
+                )
+            return to_json(windows)
+
+        windows = [from_json(Window, w) for w in self.session.once("runtimes", trial)]
+
+        def seconds(name: str) -> dict[str, float]:
+            return {
+                q: float(np.median([w.seconds for w in windows if w.contestant == name and w.request == q]))
+                for q in self.requests
+            }
+
+        def joules(name: str) -> float:
+            return float(np.mean([w.energy_j.value / seconds(prove.ORIGINAL)[w.request] for w in windows
+                                  if w.contestant == name]))  # fmt: skip
+
+        self.eager_s = seconds(prove.ORIGINAL)
+        self.runtime_s: dict[str, dict[str, float]] = {}
+        for name in dict.fromkeys(n for n, _ in usable):
+            by_threads = {t: f"{name}/{t}" for n, t in usable if n == name}
+            if self.budget.objective == "latency":
+                first = next(iter(self.requests))
+                best = min(by_threads, key=lambda t: seconds(by_threads[t])[first])
+            else:
+                best = min(by_threads, key=lambda t: joules(by_threads[t]))
+            self.threads[name] = best
+            self.runtime_s[name] = seconds(by_threads[best])
+
+    def _price(self) -> None:
+        """Costs of all choices on this machine, runtime by runtime."""
+        shapes = cost.input_shapes(self.model, self.sites, self.requests)
+        for runtime in [r for r in self.runtimes if r.name in self.threads]:
+            baseline = plan.Baseline(
+                seconds=self.eager_s,
+                runtime_seconds=self.runtime_s[runtime.name],
+                payload=self.original.as_is.payload_bytes,
+                container=self.original.as_is.container_bytes,
+                size_bytes=self.original.size_bytes,
+            )
+            table = cost.CostTable(runtime=runtime, threads=self.threads[runtime.name])
+
+            def fill(table: cost.CostTable = table, baseline: plan.Baseline = baseline) -> Any:
+                name = f"costs: every form, timed in {table.runtime.name}"
+                with stage(self.progress, name, len(self.sites)) as step, cost.steady_threads():
+                    plan.menus_for(
+                        self.model,
+                        self.sites,
+                        self.groups,
+                        self.damages,
+                        shapes,
+                        table,
+                        baseline,
+                        self.budget.objective,
+                        step,
+                    )
+                return {"seconds": table.seconds, "refused": table.refused}
+
+            known = self.session.once(f"costs {runtime.name}", fill)
+            table.seconds, table.refused = known["seconds"], known["refused"]
+            self.notes += table.reasons()
+            menus = plan.menus_for(
+                self.model,
+                self.sites,
+                self.groups,
+                self.damages,
+                shapes,
+                table,
+                baseline,
+                self.budget.objective,
+                lambda: None,
+            )
+            self.plans[runtime.name] = plan.plan_for(menus, self.groups, self.budget, baseline, runtime.name)
+
+    def stayed(self) -> dict[str, str]:
+        """Why a site that could be treated was left as it is."""
+        reasons = {}
+        for site in self.sites:
+            offered = [o for o in options(site, self.budget.objective) if o.name != KEEP.name]
+            refused = self.damages.refused.get(site.name, {})
+            if not offered:
+                reasons[site.name] = f"{site.weights} weights: too few to gain anything"
+            elif len(refused) == len(offered):
+                reasons[site.name] = next(iter(refused.values()))
+            else:
+                reasons[site.name] = "every form costs more here than it saves, or more quality than there was to spend"
+        return reasons
+
+
+def _uncut(original: Original) -> list[str]:
+    """Layers whose channels cannot be removed, counted by reason."""
+    reasons = Counter(_general(r.reason) for r in original.uncut)
+    return [f"channels of {n} layer{'s' if n > 1 else ''} are not cut: {why}" for why, n in reasons.most_common()]
+
+
+def _general(reason: str) -> str:
+    """The reason without the numbers the tracer gives to operators, so that equal reasons count together."""
+    return " ".join(word.rstrip("0123456789").rstrip("_") or word for word in reason.split())

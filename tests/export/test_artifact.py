@@ -1,0 +1,256 @@
+"""The file itself: whole or absent, every byte accounted for, nothing of this machine inside, tampering noticed."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from perjoule.compress import sites
+from perjoule.compress.apply import Applier
+from perjoule.compress.forms import Grid, Sparse
+from perjoule.core.errors import DiskFull, ExportError, MissingExtra, ParityError, UnknownName
+from perjoule.core.record import Recipe, Step
+from perjoule.export import runtimes
+from perjoule.export.artifact import lowered, parity, write
+from perjoule.export.graph import Graph, export
+from perjoule.export.runtimes import OnnxRuntime, runtime
+
+
+@pytest.fixture
+def dynamic_mlp(prepared):
+    ready = prepared("mlp")
+    return ready, ready.version("int8 dynamic"), ready.graph("int8 dynamic")
+
+
+def one_line(error):
+    return str(error.value) and "\n" not in str(error.value)
+
+
+# writing ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_graph_gives_the_same_bytes(dynamic_mlp, tmp_path):
+    _, _, graph = dynamic_mlp
+    first, second = (write(graph, tmp_path / n).path.read_bytes() for n in ("a.onnx", "b.onnx"))
+    assert first == second
+
+
+def test_a_wrong_prediction_is_an_error_and_writes_nothing(dynamic_mlp, tmp_path):
+    _, _, graph = dynamic_mlp
+    with pytest.raises(
+        ExportError, match=rf"hold {graph.payload_bytes()} bytes of weights, 1 were predicted"
+    ) as caught:
+        write(graph, tmp_path / "model.onnx", 1)
+    assert one_line(caught)
+    assert not list(tmp_path.iterdir())
+
+
+def test_payload_is_the_tensors_and_nothing_else(dynamic_mlp):
+    _, _, graph = dynamic_mlp
+    sizes = {t.name: numpy_helper.to_array(t).nbytes for t in graph.graph.initializer}
+    assert graph.payload_bytes() == sum(n for name, n in sizes.items() if not name.startswith("perjoule/"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(dynamic_mlp, tmp_path, monkeypatch, where, number):
+    _, _, graph = dynamic_mlp
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"the old one")
+
+    def full(*_):
+        raise OSError(number, "no space")
+
+    monkeypatch.setattr(os, where, full)
+    with pytest.raises(DiskFull, match="disk full while writing") as caught:
+        write(graph, path)
+    assert one_line(caught)
+    assert path.read_bytes() == b"the old one"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_file_size_limit_met_for_real(tmp_path):
+    """A limit of the operating system, in a process of its own: the write itself fails half-way."""
+    script = tmp_path / "limited.py"
+    script.write_text(
+        textwrap.dedent("""
+        import resource, signal, sys
+        from pathlib import Path
+        import numpy as np
+        from onnx import helper, numpy_helper
+        from perjoule.core.errors import DiskFull
+        from perjoule.export.artifact import write
+        from perjoule.export.graph import Graph
+        weight = numpy_helper.from_array(np.ones(40_000, np.float32), "w")
+        proto = helper.make_model(helper.make_graph([], "g", [], [], [weight]))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        try:
+            write(Graph(proto=proto, module_of={}), Path(sys.argv[1]))
+        except DiskFull as error:
+            print("refused:", error)
+        """)
+    )
+    target = tmp_path / "out" / "model.onnx"
+    target.parent.mkdir()
+    target.write_bytes(b"the old one")
+    done = subprocess.run([sys.executable, script, target], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("refused: disk full while writing")
+    assert target.read_bytes() == b"the old one"
+    assert [p.name for p in target.parent.iterdir()] == ["model.onnx"]
+
+
+# what is inside -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [("cnn", "int8 static"), ("encoder", "int4 groups"), ("lstm", "int8 dynamic"), ("mlp", "sparse")],
+)
+def test_nothing_of_this_machine_and_no_code_is_inside(name, version, prepared, tmp_path):
+    path = write(prepared(name).graph(version), tmp_path / "model.onnx").path
+    raw = path.read_bytes()
+    for found in re.findall(rb"[\w./@:-]*/[\w./@:-]{3,}", raw):
+        assert found.startswith(b"perjoule/"), f"looks like a path: {found!r}"
+    for word in (b".py", b"site-packages", b"python", b"pickle", b"Traceback", b"forward", b"class ", b"pkg.torch"):
+        assert word not in raw.lower(), word
+    for text in (str(tmp_path), os.getcwd(), os.path.expanduser("~"), sys.prefix):
+        assert len(text) < 3 or text.encode() not in raw
+    model = onnx.load(path, load_external_data=False)
+    onnx.checker.check_model(model, full_check=version != "int8 dynamic" or name != "lstm")
+    assert {o.domain for o in model.opset_import} <= {"", "com.microsoft"}
+    assert not model.functions
+    assert not any(t.external_data for t in model.graph.initializer)
+    assert not any(n.doc_string or n.metadata_props for n in model.graph.node)
+
+
+def test_only_the_recurrent_operator_leaves_the_standard(prepared):
+    for name, version in [("cnn", "int8 dynamic"), ("encoder", "int4 groups"), ("gru", "int8 dynamic")]:
+        assert {n.domain for n in prepared(name).graph(version).graph.node} == {""}
+
+
+# parity -------------------------------------------------------------------------------------------------------------
+
+
+def test_parity_of_the_honest_file(dynamic_mlp, tmp_path):
+    ready, compressed, graph = dynamic_mlp
+    path = write(graph, tmp_path / "model.onnx").path
+    assert parity(OnnxRuntime, path, compressed, ready.tiny.batches, 1, 0.01) < 0.01
+
+
+@pytest.mark.parametrize("factor", [1.5, -1.0, float("nan"), float("inf")])
+def test_parity_notices_a_file_that_was_changed(dynamic_mlp, tmp_path, factor):
+    ready, compressed, graph = dynamic_mlp
+    tampered = onnx.ModelProto.FromString(graph.proto.SerializeToString())
+    scales = next(t for t in tampered.graph.initializer if t.name == "2.scales")
+    scales.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scales) * np.float32(factor), scales.name))
+    path = write(Graph(proto=tampered, module_of={}), tmp_path / "model.onnx", graph.payload_bytes()).path
+    with pytest.raises(ParityError, match="away from the model it was made from") as caught:
+        parity(OnnxRuntime, path, compressed, ready.tiny.batches, 1, 0.05)
+    assert one_line(caught)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x80\x04K\x01."])
+def test_files_that_are_no_models_are_refused(tmp_path, content):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ExportError, match="onnxruntime refuses the file") as caught:
+        OnnxRuntime.open(path, 1)
+    assert one_line(caught)
+
+
+def test_runtimes_are_named_or_refused(monkeypatch):
+    assert runtime("onnxruntime") is OnnxRuntime
+    assert OnnxRuntime.version().startswith("onnxruntime 1.")
+    with pytest.raises(UnknownName, match="did you mean onnxruntime"):
+        runtime("onnxruntim")
+    monkeypatch.setattr(runtimes.OpenVino, "library", "a_library_that_is_not_there")
+    with pytest.raises(MissingExtra, match="pip install 'perjoule\\[openvino\\]'"):
+        runtime("openvino")
+
+
+# what cannot be exported --------------------------------------------------------------------------------------------
+
+
+def compressed_with(model, form, site="0"):
+    step = Step(sites=(site,), form=form.config(), saliency="identity", fit="nearest")
+    return Applier(model.eval(), sites.find(model)[0], [], {}).apply(Recipe(steps=(step,)))
+
+
+class _Cells(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cells = nn.GRU(16, 16, batch_first=True)
+
+    def forward(self, x):
+        return self.cells(x)[0]
+
+
+UNSUPPORTED = [
+    (nn.Sequential(nn.Conv2d(4, 4, 2)), Grid(bits=4), "0", torch.randn(2, 4, 4, 4), "one 8-bit scale per channel"),
+    (
+        nn.Sequential(nn.Embedding(8, 16)),
+        Sparse(density=0.5),
+        "0",
+        torch.tensor([[1, 2]] * 2),
+        "no lowering for Sparse",
+    ),
+    (_Cells(), Grid(bits=4), "cells", torch.randn(2, 3, 16), "one 8-bit scale per row"),
+]
+
+
+@pytest.mark.parametrize(("model", "form", "site", "x", "reason"), UNSUPPORTED, ids=[u[4] for u in UNSUPPORTED])
+def test_forms_without_an_operator_are_refused(model, form, site, x, reason):
+    compressed = compressed_with(model, form, site)
+    argument = "x" if isinstance(model, _Cells) else "input"
+    with pytest.raises(ExportError, match=reason) as caught:
+        lowered(compressed, {argument: x}, {})
+    assert one_line(caught)
+
+
+def test_a_model_the_exporter_cannot_read_is_refused_in_one_line():
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x * 2 if float(x.sum()) > 0 else x
+
+    with pytest.raises(ExportError, match="the model cannot be exported to ONNX") as caught:
+        export(Branches(), {"x": torch.randn(3, 2)}, {})
+    assert one_line(caught)
+
+
+class _Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+def test_a_site_that_never_runs_is_named():
+    with pytest.raises(ExportError, match="unused: its MatMul or Gemm is not found"):
+        lowered(compressed_with(_Unused(), Grid(), "unused"), {"x": torch.randn(2, 16)}, {})
+
+
+class _HalfNormed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)
+        nn.init.uniform_(self.norm.weight, 2, 3)
+
+    def forward(self, x):
+        return self.norm(self.layer(torch.relu(self.layer(x))))
+
+
+def test_a_norm_behind_only_some_calls_is_refused_not_guessed():
+    with pytest.raises(ExportError, match="called 2 times, and only some calls are followed by a norm"):
+        lowered(compressed_with(_HalfNormed(), Grid(), "layer"), {"x": torch.randn(2, 4, 5)}, {})

@@ -1,0 +1,105 @@
+"""The attention clean-up: the guard goes, the answers stay wherever a row has one key left."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from perjoule.export.graph import export
+from perjoule.export.simplify import MASKED, simplify
+from perjoule.testing.models import TINY
+
+
+@pytest.fixture(scope="module")
+def both():
+    """The encoder's graph as exported, and cleaned up."""
+    tiny = TINY["encoder"]()
+    plain = export(tiny.model, tiny.batches[0], tiny.dynamic)
+    cleaned = copy.deepcopy(plain)
+    assert simplify(cleaned.graph) == 1
+    return tiny, plain.proto, cleaned.proto
+
+
+def kinds(proto):
+    return {n.op_type for n in proto.graph.node}
+
+
+def test_the_guard_is_gone(both):
+    _, plain, cleaned = both
+    assert "IsNaN" in kinds(plain)
+    assert "IsNaN" not in kinds(cleaned)
+    assert len(cleaned.graph.node) < len(plain.graph.node)
+
+
+def test_answers_are_unchanged_for_every_mask_with_a_key(both, plain_run):
+    _, plain, cleaned = both
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        mask = (torch.rand(6, 11, generator=generator) < 0.3).long()
+        mask[torch.arange(6), torch.randint(0, 11, (6,), generator=generator)] = 1
+        batch = {"tokens": torch.randint(0, 40, (6, 11), generator=generator), "mask": mask}
+        np.testing.assert_allclose(plain_run(cleaned, batch), plain_run(plain, batch), rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_time_finds_nothing(both):
+    _, _, cleaned = both
+    again = copy.deepcopy(cleaned)
+    assert simplify(again.graph) == 0
+    assert again == cleaned
+
+
+class _Causal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(16, 48)
+
+    def forward(self, x):
+        q, k, v = self.inner(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_causal_attention(plain_run, deviation):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, batch = _Causal().eval(), {"x": torch.randn(2, 6, 16)}
+    graph = export(model, batch, {"x": (0, 1)})
+    simplify(graph.graph)
+    for length in (1, 6, 9):
+        other = {"x": torch.randn(3, length, 16, generator=torch.Generator().manual_seed(length))}
+        assert deviation(model, other, plain_run(graph.proto, other)) < 3e-6
+
+
+def guarded(fill):
+    """Softmax behind a guard that fills NaN with `fill`, over scores with a stored mask."""
+    nodes = [
+        helper.make_node("Add", ["x", "mask"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["soft"], axis=-1),
+        helper.make_node("IsNaN", ["soft"], ["nan"]),
+        helper.make_node("Where", ["nan", "fill", "soft"], ["safe"]),
+        helper.make_node("Neg", ["safe"], ["y"]),
+    ]
+    stored = [
+        numpy_helper.from_array(np.array([0, -np.inf, 0], np.float32), "mask"),
+        numpy_helper.from_array(np.float32(fill), "fill"),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3]) for n in "xy"]
+    return helper.make_graph(nodes, "g", ends[:1], ends[1:], stored)
+
+
+def test_masks_become_finite_with_the_guard():
+    graph = guarded(0.0)
+    assert simplify(graph) == 1
+    assert [n.op_type for n in graph.node] == ["Add", "Softmax", "Neg"]
+    (mask,) = graph.initializer
+    assert numpy_helper.to_array(mask).tolist() == [0, MASKED, 0]
+
+
+def test_a_guard_that_means_something_else_stays():
+    graph = guarded(1.0)
+    before = copy.deepcopy(graph)
+    assert simplify(graph) == 0
+    assert graph == before
