@@ -23,6 +23,8 @@ from perjoule.core.record import Untreated
 SiteKind = Literal["linear", "conv", "table", "recurrent"]
 
 _NORMS = ("Norm",)
+_KINDS: dict[type, SiteKind] = {nn.Linear: "linear", nn.Conv1d: "conv", nn.Conv2d: "conv", nn.Embedding: "table"}
+"""Exact types only: a subclass may compute something else with its weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,34 +98,36 @@ def find(model: nn.Module) -> tuple[list[Site], list[Untreated]]:
 
 
 def _site(name: str, module: nn.Module) -> tuple[Site | None, str]:
-    def made(kind: SiteKind, *parameters: str) -> Site:
-        shapes = tuple(_rows_columns(getattr(module, p)) for p in parameters)
-        return Site(name=name, kind=kind, layer=type(module).__name__, parameters=parameters, shapes=shapes)
-
-    if any(p.dtype != torch.float32 for p in module.parameters(recurse=False)):
-        return None, "weights are not float32"
-    if type(module) is nn.Linear:
-        return made("linear", "weight"), ""
-    if type(module) in (nn.Conv1d, nn.Conv2d):
-        assert isinstance(module, nn.Conv1d | nn.Conv2d)
-        if module.groups != 1:
-            return None, f"grouped convolution (groups={module.groups}) is not supported yet"
-        if module.padding_mode != "zeros":
-            return None, f"padding mode '{module.padding_mode}' is not supported yet"
-        return made("conv", "weight"), ""
-    if type(module) is nn.Embedding:
-        if module.max_norm is not None:
-            return None, "embedding with max_norm changes its weights when it is read"
-        return made("table", "weight"), ""
-    if isinstance(module, nn.RNN):
-        return None, "plain RNN: torch's exporter unrolls it, so there is no operator to hold its codes"
+    reason = _unsupported(module)
+    if reason:
+        return None, reason
+    names: tuple[str, ...] = ("weight",)
+    kind = _KINDS.get(type(module))
     if isinstance(module, nn.LSTM | nn.GRU):
-        if getattr(module, "proj_size", 0):
-            return None, "recurrent projection is not supported yet"
-        return made("recurrent", *(n for n, p in module.named_parameters(recurse=False) if p.ndim == 2)), ""
-    if any(mark in type(module).__name__ for mark in _NORMS):
-        return None, "normalisation: a few vectors, left exact"
-    return None, f"no form knows {type(module).__name__}"
+        names, kind = tuple(n for n, p in module.named_parameters(recurse=False) if p.ndim == 2), "recurrent"
+    if kind is None:
+        norm = any(mark in type(module).__name__ for mark in _NORMS)
+        known = "normalisation: a few vectors, left exact"
+        return None, known if norm else f"no form knows {type(module).__name__}"
+    shapes = tuple(_rows_columns(getattr(module, p)) for p in names)
+    return Site(name=name, kind=kind, layer=type(module).__name__, parameters=names, shapes=shapes), ""
+
+
+def _unsupported(module: nn.Module) -> str:
+    """Why a layer of a known kind cannot be treated; "" if it can."""
+    if any(p.dtype != torch.float32 for p in module.parameters(recurse=False)):
+        return "weights are not float32"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups != 1:
+        return f"grouped convolution (groups={module.groups}) is not supported yet"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode != "zeros":
+        return f"padding mode '{module.padding_mode}' is not supported yet"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "embedding with max_norm changes its weights when it is read"
+    if isinstance(module, nn.RNN):
+        return "plain RNN: torch's exporter unrolls it, so there is no operator to hold its codes"
+    if isinstance(module, nn.LSTM | nn.GRU) and module.proj_size:
+        return "recurrent projection is not supported yet"
+    return ""
 
 
 def _nbytes(module: nn.Module) -> int:

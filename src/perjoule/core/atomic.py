@@ -11,17 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from perjoule.core.errors import DiskFull
+from perjoule.core.errors import CannotWrite, DiskFull
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that becomes `path` if, and only if, the block succeeds.
 
-    Raises DiskFull where the system says so; the temporary file is removed on any error.
+    Raises DiskFull where the system says so, CannotWrite where the folder does not let us; the temporary file is
+    removed on any error.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise cannot_write(error, path) from error
     os.close(handle)
     beside = Path(name)
     try:
@@ -34,6 +38,15 @@ def replacing(path: Path) -> Iterator[Path]:
         raise no_space(error, path) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def cannot_write(error: OSError, path: Path) -> CannotWrite | DiskFull:
+    """`error`, met before anything was written, as one clear line."""
+    full = no_space(error, path)
+    if isinstance(full, DiskFull):
+        return full
+    why = (error.strerror or type(error).__name__).lower()
+    return CannotWrite(f"cannot write {path}: {why}; choose a folder that you may write to")
 
 
 def no_space(error: OSError, path: Path) -> OSError | DiskFull:

@@ -49,11 +49,13 @@ def _read(kind: Any, data: Any, where: str) -> Any:
         return data
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(cast(type, kind), data, where)
-    if origin is tuple:
-        return tuple(_read(get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(data))
-    if origin is list:
-        return [_read(get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(data)]
+    if origin in (tuple, list):
+        if not isinstance(data, list):
+            raise BadInput(f"{where}: expected a list, found {data!r}")
+        return origin(_read(get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(data))
     if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(data, dict):
+            raise BadInput(f"{where}: expected an object, found {data!r}")
         return {k: _read(get_args(kind)[1], v, f"{where}.{k}") for k, v in data.items()}
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)

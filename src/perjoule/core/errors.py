@@ -11,6 +11,7 @@
     ├── ExportError                       no runtime file could be made from the model
     │   └── ParityError                   the file does not answer like the model
     ├── JournalError                      a run folder that cannot be resumed
+    ├── CannotWrite                   a folder that is read-only, or no folder
     ├── DiskFull                          writing failed; the last good state is still there
     ├── MeterError                        a sensor that vanished or lies
     └── MissingExtra (also ImportError)   an optional library is not installed
@@ -79,6 +80,10 @@ class JournalError(PerjouleError):
 
 class DiskFull(PerjouleError):
     """Writing failed; nothing was half-written."""
+
+
+class CannotWrite(PerjouleError):
+    """The place to write to is read-only, or not a folder."""
 
 
 class MeterError(PerjouleError):

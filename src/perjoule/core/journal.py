@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from perjoule.core.atomic import no_space
+from perjoule.core.atomic import cannot_write, no_space
 from perjoule.core.errors import JournalError
 
 VERSION = 1
@@ -37,14 +37,22 @@ class Journal:
         header = {"journal": VERSION, "run": json.loads(json.dumps(dict(run)))}
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size > 0:
-            if not resume:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            started = path.read_bytes() if path.exists() else b""
+            first = _line(header)
+            if len(started) < len(first) and first.startswith(started):  # killed while it wrote its very first line
+                started = b""
+                path.write_bytes(started)
+            holds_a_run = started != b""
+            if holds_a_run and not resume:
                 raise JournalError(f"{path} already holds a run; add --resume to go on, or choose another --out")
-            self._load(path, header)
+            if holds_a_run:
+                self._load(path, header)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the journal
-        else:
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise cannot_write(error, path) from error
+        if not holds_a_run:
             self._append(header)
 
     def _load(self, path: Path, header: Mapping[str, Any]) -> None:
@@ -53,10 +61,10 @@ class Journal:
         lines: list[dict[str, Any]] = []
         for number, line in enumerate(whole.split(b"\n"), start=1):
             try:
-                lines.append(json.loads(line))
+                lines.append(_object(line, ("journal", "run") if number == 1 else ("key", "value")))
             except ValueError as error:
                 raise JournalError(f"{path}:{number} is damaged; start again with another --out") from error
-        if not lines or lines[0].get("journal") != VERSION:
+        if lines[0]["journal"] != VERSION:
             raise JournalError(f"{path} is no journal of this version; choose another --out")
         then, now = lines[0]["run"], header["run"]
         changed = sorted(k for k in set(then) | set(now) if then.get(k) != now.get(k))
@@ -72,7 +80,7 @@ class Journal:
     def _append(self, line: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        data = json.dumps(line, allow_nan=False).encode() + b"\n"
+        data = _line(line)
         start = self._file.tell()
         try:
             written = self._file.write(data)
@@ -101,3 +109,15 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, allow_nan=False).encode() + b"\n"
+
+
+def _object(line: bytes, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON object of one line. Raises ValueError if it is none, or lacks one of `keys`."""
+    value = json.loads(line)
+    if not isinstance(value, dict) or not set(keys) <= set(value):
+        raise ValueError(f"a line of a journal holds {' and '.join(keys)}")
+    return value

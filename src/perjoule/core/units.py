@@ -44,17 +44,19 @@ def size(value_bytes: float) -> str:
 
 def duration(value_s: float) -> str:
     """Seconds for people: 0.00512 -> "5.12 ms", 75 -> "1 min 15 s", 7300 -> "2 h 2 min"."""
-    if value_s < 60:
+    if value_s < 59.95:
         return figure(value_s, "s")
-    minutes, seconds = divmod(round(value_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+    if value_s < 3599.5:
+        minutes, seconds = divmod(round(value_s), 60)
+        return f"{minutes} min {seconds} s"
+    hours, minutes = divmod(round(value_s / 60), 60)
+    return f"{hours} h {minutes} min"
 
 
 def energy(value_j: float) -> str:
     """Joules for people; from one kWh on, kWh as well."""
     text = figure(value_j, "J")
-    return f"{text} ({figure(value_j / J_PER_KWH, '')} kWh)" if value_j >= J_PER_KWH else text
+    return f"{text} ({number(value_j / J_PER_KWH)} kWh)" if value_j >= J_PER_KWH else text
 
 
 def percent(value: float, digits: int = 1) -> str:

@@ -88,6 +88,8 @@ class Allocation:
 
 
 Value = Callable[[Choice], float]
+TOLERANCE = 2e-6
+"""HiGHS may exceed a ceiling by a millionth of it."""
 
 
 def allocate(
@@ -100,38 +102,42 @@ def allocate(
     """The best allocation, or None if no allocation meets the limits.
 
     `limits` are (value of a choice, ceiling of the sum). Values are scaled to their ceiling, so that HiGHS's
-    absolute tolerances mean the same in bytes and in damages; ceilings hold exactly on the returned sums.
+    tolerances mean the same in bytes and in damages; ceilings hold exactly on the returned sums.
     """
     choices = [c for menu in menus.values() for c in menu]
     column = {name: i for i, name in enumerate(menus)}
     rows: list[tuple[int, int, float]] = [(column[c.site], k, 1.0) for k, c in enumerate(choices)]
     lower, upper = [1.0] * len(menus), [1.0] * len(menus)
     for link in links:
-        for width in sorted({c.width_out for c in choices if c.site == link.producer}):
-            row = len(lower)
-            rows += [(row, k, 1.0) for k, c in enumerate(choices) if c.site == link.producer and c.width_out == width]
-            rows += [(row, k, -1.0) for k, c in enumerate(choices) if c.site == link.consumer and c.width_in == width]
+        ends = ((link.producer, "width_out", 1.0), (link.consumer, "width_in", -1.0))
+        for width in sorted({getattr(c, field) for name, field, _ in ends for c in menus[name]}):
+            for name, field, sign in ends:
+                rows += [
+                    (len(lower), k, sign)
+                    for k, c in enumerate(choices)
+                    if c.site == name and getattr(c, field) == width
+                ]
             lower.append(0.0)
             upper.append(0.0)
     for value, ceiling in limits:
-        if ceiling <= 0:
-            ceiling_scaled, scale = 0.0, 1.0
-        else:
-            ceiling_scaled, scale = 1.0, 1 / ceiling
+        scale = 1 / ceiling if ceiling > 0 else 1.0
         rows += [(len(lower), k, value(c) * scale) for k, c in enumerate(choices)]
         lower.append(-np.inf)
-        upper.append(ceiling_scaled - 1e-7)
+        upper.append(ceiling * scale)
     costs = np.array([minimise(c) for c in choices], dtype=float)
     index_r, index_c, values = (np.array(v) for v in zip(*rows, strict=True))
     matrix = coo_array((values, (index_r, index_c)), shape=(len(lower), len(choices))).tocsr()
-    solved = milp(
-        costs / max(float(np.abs(costs).max()), 1e-30),
-        constraints=LinearConstraint(matrix, lower, upper),
-        integrality=np.ones(len(choices)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-6, "time_limit": 20.0},
-    )
-    if solved.x is None:
-        return None
-    chosen = tuple(c for c, x in zip(choices, solved.x, strict=True) if x > 0.5)
-    return Allocation(choices=chosen)
+    for less in (0.0, TOLERANCE):  # the second time, no solution within the tolerance is above a ceiling
+        solved = milp(
+            costs / max(float(np.abs(costs).max()), 1e-30),
+            constraints=LinearConstraint(matrix, lower, np.array(upper) - less * np.isneginf(lower)),
+            integrality=np.ones(len(choices)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 1e-6, "time_limit": 20.0},
+        )
+        if solved.x is None:
+            return None
+        chosen = tuple(c for c, x in zip(choices, solved.x, strict=True) if x > 0.5)
+        if all(sum(map(value, chosen)) <= ceiling for value, ceiling in limits):
+            return Allocation(choices=chosen)
+    return None

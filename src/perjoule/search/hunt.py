@@ -21,6 +21,9 @@ from perjoule.search.recipe import recipe_of
 from perjoule.search.refine import Evaluated, correction, refine
 from perjoule.search.repair import repaired
 
+MARGIN = 0.1
+"""Share of the allowed loss that the search leaves unspent: the verdict is read off other examples than it looks at."""
+
 
 @dataclass(kw_only=True)
 class Entry:
@@ -40,6 +43,7 @@ class Hunt:
         self.budget, self.session, self.progress = prospect.budget, prospect.session, prospect.progress
         self.seed, self.plans = prospect.seed, prospect.plans
         self.notes: list[str] = []
+        self.keep = self.budget.keep + MARGIN * (1 - self.budget.keep)
         self.seen = self._search()
         self.listed = self._short_list(self.seen)
 
@@ -70,7 +74,7 @@ class Hunt:
                 [p.problem for p in self.plans.values()],
                 list(uniform.items()),
                 evaluate,
-                keep=self.budget.keep,
+                keep=self.keep,
                 evaluations=self.prospect.evaluations,
             )
 
@@ -78,7 +82,7 @@ class Hunt:
         """Versions worth exporting: the best that passed, for each runtime; one repaired; the original as it is."""
         untouched = Compressed(model=self.original.model, sites={x.name: x for x in self.prospect.sites})
         listed = [Entry(name="as-is", compressed=untouched, allocation=None, predicted_relative=1.0)]
-        passed = [e for e in seen if e.relative >= self.budget.keep]
+        passed = [e for e in seen if e.relative >= self.keep]
         wanted: dict[str, Evaluated] = {}
         for current in self.plans.values():
             ranked = sorted(passed, key=lambda e: self._objective(current, e.allocation))
@@ -97,25 +101,30 @@ class Hunt:
         return [*listed, *self._repair(seen)]
 
     def _objective(self, current: plan.Plan, allocation: Allocation) -> float:
-        """What the plan minimises, of an allocation that may come from another runtime's menus."""
+        """What the plan minimises, of an allocation that may come from another runtime's menus.
+
+        Infinite for one that the plan's runtime cannot run, or that is outside the other ceilings of the budget.
+        """
         found = {c.site: c for c in allocation.choices}
-        total = 0.0
+        chosen = []
         for site, menu in current.problem.menus.items():
             mine = found[site]
             same = [c for c in menu if (c.option.name, c.width_in, c.width_out)
                     == (mine.option.name, mine.width_in, mine.width_out)]  # fmt: skip
             if not same:
                 return math.inf
-            total += current.problem.minimise(same[0])
-        return total
+            chosen.append(same[0])
+        if any(sum(map(value, chosen)) > ceiling for value, ceiling in current.problem.limits):
+            return math.inf
+        return sum(map(current.problem.minimise, chosen))
 
     def _repair(self, seen: Sequence[Evaluated]) -> list[Entry]:
         """One bolder allocation, taught by the original; kept only if it then passes."""
         factors = correction(seen)
-        allowed = max([e.distance for e in seen if e.relative >= self.budget.keep], default=2 * (1 - self.budget.keep))
+        allowed = max([e.distance for e in seen if e.relative >= self.keep], default=2 * (1 - self.keep))
         ranked = sorted(self.plans.values(), key=lambda p: self._promise(p, seen))
         bold = ranked[0].problem.cheapest(3 * allowed, factors)
-        if bold is None or bold.key in {e.allocation.key for e in seen if e.relative >= self.budget.keep}:
+        if bold is None or bold.key in {e.allocation.key for e in seen if e.relative >= self.keep}:
             return []
         compressed = self._apply(bold)
         batches = self.original.workload.calibration
@@ -142,12 +151,12 @@ class Hunt:
             f"repair: {steps} steps of distillation took a bolder version from {units.percent(before, 2)} to"
             f" {units.percent(relative, 2)} of the quality"
         )
-        if relative < self.budget.keep:
+        if relative < self.keep:
             return []
         return [Entry(name="repaired", compressed=taught, allocation=bold, predicted_relative=relative)]
 
     def _promise(self, current: plan.Plan, seen: Sequence[Evaluated]) -> float:
-        ratios = [current.energy_ratio(e.allocation) for e in seen if e.relative >= self.budget.keep
+        ratios = [current.energy_ratio(e.allocation) for e in seen if e.relative >= self.keep
                   and not math.isinf(self._objective(current, e.allocation))]  # fmt: skip
         return min(ratios, default=math.inf)
 

@@ -77,28 +77,35 @@ class Judge:
         return scores
 
     def __call__(self, answers: Array, half: str) -> Judgement:
-        """Judge `answers` on the "search" half, the "verdict" half, or on "all" examples."""
-        scores, base = self._scores(answers), self.original
-        chosen = slice(None) if half == "all" or len(scores) == 1 else slice(0 if half == "search" else 1, None, 2)
-        mine, theirs = scores[chosen], base[chosen]
-        source = f"{self.workload.score_name} over {len(mine)} examples"
+        """Judge `answers` on the "search" half, the "verdict" half, or on "all" examples.
+
+        `answers`: over all examples, or, where the score allows it, over that half only.
+        """
+        chosen = slice(None) if half == "all" else slice(0 if half == "search" else 1, None, 2)
+        theirs = self.reference[chosen]
+        if len(answers) == len(self.reference):
+            scores, found = self._scores(answers), answers[chosen]
+            mine = scores if len(scores) == 1 else scores[chosen]
+        else:
+            found, mine = answers, cosine(answers, theirs)
+        base = self.original if len(self.original) == 1 else self.original[chosen]
+        source = f"{self.workload.score_name} over {len(theirs)} examples"
         draws = np.random.default_rng(0).integers(0, len(mine), (DRAWS, len(mine)))
-        means, ratios = mine[draws].mean(1), mine[draws].mean(1) / np.maximum(theirs[draws].mean(1), 1e-12)
+        means, ratios = mine[draws].mean(1), mine[draws].mean(1) / np.maximum(base[draws].mean(1), 1e-12)
         return Judgement(
             quality=_estimate(float(mine.mean()), means, source),
-            relative=_estimate(float(mine.mean() / theirs.mean()), ratios, f"{source}, paired with the original"),
-            details=self._details(answers, chosen),
+            relative=_estimate(float(mine.mean() / base.mean()), ratios, f"{source}, paired with the original"),
+            details=self._details(found, theirs),
         )
 
-    def _details(self, answers: Array, chosen: slice) -> dict[str, float]:
-        mine, theirs = answers[chosen], self.reference[chosen]
+    def _details(self, mine: Array, theirs: Array) -> dict[str, float]:
         details = {"fidelity (mean cosine)": float(cosine(mine, theirs).mean())}
         if mine.ndim != 2:
             return details
         if self.workload.score is not None:
             details["answers that flipped"] = float((mine.argmax(1) != theirs.argmax(1)).mean())
-        elif 16 <= len(answers) <= NEIGHBOURS_UP_TO:
-            first, ten = neighbour_agreement(answers, self.reference)
+        elif 16 <= len(mine) <= NEIGHBOURS_UP_TO:
+            first, ten = neighbour_agreement(mine, theirs)
             details["same nearest neighbour"] = first
             details["same ten neighbours"] = ten
         return details

@@ -54,22 +54,28 @@ class Original:
             self.size_bytes = stored.stat().st_size
             self.payload_bytes = sum(t.numel() * t.element_size() for t in unshared(self.model).values())
             self.ledger = count(self.workload, batch=next(iter(self.requests.values())))
-            self.prover = Prover(self.workload, graph, self.sites, self.judge, self.requests, folder)
+            self.prover = Prover(
+                self.workload, graph, self.sites, self.judge, self.requests, self._verdict_batches(), folder
+            )
             step()
+
+    def _verdict_batches(self) -> list[Mapping[str, Any]]:
+        """What files are judged on: all, or only the half the search does not look at."""
+        return list(self.workload.evaluation) if self.judge.needs_all else every_other(self.workload.evaluation, 1)
 
     @property
     def search_batches(self) -> list[Mapping[str, Any]]:
         """The evaluation batches the search needs: all, or only the half it may look at."""
-        return list(self.workload.evaluation) if self.judge.needs_all else every_other(self.workload.evaluation)
+        return list(self.workload.evaluation) if self.judge.needs_all else every_other(self.workload.evaluation, 0)
 
 
-def every_other(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Examples with even number over all batches, in their batches."""
+def every_other(batches: Sequence[Mapping[str, Any]], first: int) -> list[Mapping[str, Any]]:
+    """Examples with even (`first` = 0) or odd (1) number over all batches, in their batches."""
     halves: list[Mapping[str, Any]] = []
     before = 0
     for batch in batches:
         size = len(next(iter(batch.values())))
-        half = {k: v[before % 2 :: 2] for k, v in batch.items()}
+        half = {k: v[(before + first) % 2 :: 2] for k, v in batch.items()}
         before += size
         if len(next(iter(half.values()))):
             halves.append(half)

@@ -88,6 +88,7 @@ class Prover:
         sites: Sequence[Site],
         judge: Judge,
         requests: Mapping[str, Mapping[str, Any]],
+        examples: Sequence[Mapping[str, Any]],
         folder: Path,
     ) -> None:
         self.workload, self.original, self.sites, self.judge = workload, original, sites, judge
@@ -96,7 +97,7 @@ class Prover:
         self.examples_file = folder / "work" / "evaluation.npz"
         self.requests_file.parent.mkdir(parents=True, exist_ok=True)
         _save(self.requests_file, {k: as_feed(b) for k, b in requests.items()})
-        _save(self.examples_file, {str(i): as_feed(b) for i, b in enumerate(workload.evaluation)})
+        _save(self.examples_file, {str(i): as_feed(b) for i, b in enumerate(examples)})
 
     def write(self, name: str, compressed: Compressed) -> Written:
         """The file of one version; its bytes must be the predicted ones."""

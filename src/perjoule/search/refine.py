@@ -1,7 +1,7 @@
 """Refinement: predictions propose, evaluations of the whole model dispose.
 
 Damages are predictions that ignore how layers interact. Each evaluated version shows the true change of the answers;
-one factor per family of methods is refitted to all that was seen (least squares of relative errors, ridge towards 1),
+one factor per family of methods is refitted to all that was seen (least squares of their logarithms, with a ridge),
 the allocation is solved again, and the damage ceiling is bisected towards the budget's quality - until the budget of
 evaluations is spent. Uniform settings are evaluated first: the search can only be better than what a person does by
 hand, never worse.
@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.optimize import lsq_linear
+from scipy.optimize import least_squares
 
 from perjoule.search.allocate import Allocation, Choice, Link, Value, allocate
 
-RIDGE = 0.05
+RIDGE = 0.02
 CLOSE = 1.1
 """The bisection ends when the least damage that fails is this close to the largest that passes."""
 
@@ -47,25 +48,39 @@ class Problem:
     """Ceilings other than damage."""
 
     def cheapest(self, ceiling: float, factors: Mapping[str, float]) -> Allocation | None:
-        """The allocation of least objective with a corrected damage of at most `ceiling`."""
-        damage = (lambda c: c.corrected(factors), ceiling)
-        return allocate(self.menus, self.links, minimise=self.minimise, limits=[damage, *self.limits])
+        """The allocation of least objective with a corrected damage of at most `ceiling`.
+
+        Where the other ceilings leave none so gentle, the gentlest inside them; None if nothing is inside them.
+        """
+
+        def damage(c: Choice) -> float:
+            return c.corrected(factors)
+
+        within = allocate(self.menus, self.links, minimise=self.minimise, limits=[(damage, ceiling), *self.limits])
+        if within is not None or not self.limits:
+            return within
+        return allocate(self.menus, self.links, minimise=damage, limits=self.limits)
 
 
 def correction(seen: Sequence[Evaluated]) -> dict[str, float]:
-    """One factor per family, so that corrected damages match the distances seen."""
+    """One factor per family, so that corrected damages match the distances seen.
+
+    Least squares of log(sum of corrected damages / distance), with a ridge on the logarithms of the factors: being
+    five times too high and five times too low are the same mistake.
+    """
     rows = [(e.allocation.damages(), e.distance) for e in seen if e.distance > 0]
+    rows = [(damages, distance) for damages, distance in rows if sum(damages.values()) > 0]
     families = sorted({f for damages, _ in rows for f, d in damages.items() if d > 0})
     if not families:
         return {}
     matrix = np.array([[damages.get(f, 0.0) / distance for f in families] for damages, distance in rows])
-    ridge = math.sqrt(RIDGE) * np.eye(len(families))
-    solved = lsq_linear(
-        np.vstack([matrix, ridge]),
-        np.concatenate([np.ones(len(rows)), math.sqrt(RIDGE) * np.ones(len(families))]),
-        bounds=(0.02, 50.0),
-    )
-    return dict(zip(families, solved.x.tolist(), strict=True))
+
+    def residuals(theta: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        fitted: np.ndarray[Any, Any] = np.log(matrix @ np.exp(theta))
+        return np.concatenate([fitted, math.sqrt(RIDGE) * theta])
+
+    solved = least_squares(residuals, np.zeros(len(families)), bounds=(-5.0, 5.0))
+    return dict(zip(families, np.exp(solved.x).tolist(), strict=True))
 
 
 def refine(
@@ -112,5 +127,5 @@ def _next_ceiling(seen: Sequence[Evaluated], factors: Mapping[str, float], keep:
     if low and high:
         return math.sqrt(low * high)
     if low:
-        return low * 3
+        return low * 2
     return (min(failed) if failed else 1e-2) / 3

@@ -52,12 +52,13 @@ class ActivationGrid:
 
 
 def dynamic(x: Tensor) -> Tensor:
-    """X rounded to the u8 grid of its own range: ONNX DynamicQuantizeLinear, in float."""
-    low, high = x.amin().clamp_max(0), x.amax().clamp_min(0)
+    """The u8 grid of x's own range, applied: ONNX DynamicQuantizeLinear, in float."""
+    low, high = (t.reshape(()) for t in torch.aminmax(x))
+    low, high = low.clamp_max(0), high.clamp_min(0)
     scale = ((high - low) / 255).clamp_min(torch.finfo(x.dtype).tiny)
-    zero = (-low / scale).round()
-    q = ((x / scale).round() + zero).clamp(0, 255)
-    return (q - zero) * scale
+    zero = (-low / scale).round().clamp(0, 255).to(torch.int32)
+    rounded: Tensor = torch.fake_quantize_per_tensor_affine(x, scale, zero, 0, 255)
+    return rounded
 
 
 @dataclass(kw_only=True, eq=False)
