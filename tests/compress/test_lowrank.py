@@ -5,6 +5,7 @@ import torch
 
 from perjoule.compress.fit import FITS
 from perjoule.compress.forms import Form, LowRank, Metric
+from perjoule.core.errors import ConfigError
 from perjoule.testing.forms import FormConformance
 from perjoule.testing.saliencies import statistics
 
@@ -77,3 +78,16 @@ def test_inputs_that_span_less_than_all_columns():
 def test_both_factors_are_scaled_alike():
     packed = LowRank(share=0.5).nearest(torch.randn(12, 12), Metric(diagonal_OI=torch.ones(1, 12)))
     assert packed.a_Or.norm() == pytest.approx(float(packed.b_rI.norm()), rel=1e-4)
+
+
+def test_a_metric_that_is_no_second_moment_is_refused():
+    h_II = torch.diag(torch.tensor([1.0, 1.0, -5.0, 1.0]))
+    with pytest.raises(ConfigError, match="not positive"):
+        FITS["second_order"](LowRank(share=0.5), torch.ones(4, 4), Metric(diagonal_OI=torch.ones(1, 4), full_II=h_II))
+
+
+def test_inputs_that_were_always_zero():
+    packed = FITS["second_order"](
+        LowRank(share=0.5), torch.randn(4, 6), Metric(diagonal_OI=torch.ones(1, 6), full_II=torch.zeros(6, 6))
+    )
+    assert torch.isfinite(packed.dense()).all()

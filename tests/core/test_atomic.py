@@ -34,9 +34,14 @@ def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path):
 def test_an_error_or_an_interrupt_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "file.txt"
     write_text(path, "old")
-    with pytest.raises(type(error)), replacing(path) as beside:
-        beside.write_text("half")
-        raise error
+
+    def interrupted():
+        with replacing(path) as beside:
+            beside.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        interrupted()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
 

@@ -44,7 +44,7 @@ def test_core_names_bring_no_torch(name):
 
 def test_public_names_resolve_and_are_sorted():
     assert perjoule.__all__ == ["__version__", *sorted(perjoule._HOME)]
-    assert dir(perjoule) == perjoule.__all__
+    assert dir(perjoule) == sorted(perjoule.__all__)
     for name in perjoule._HOME:
         home = f"perjoule.{perjoule._HOME[name]}"
         assert getattr(perjoule, name).__module__.startswith(home.rpartition(".")[0])

@@ -50,13 +50,9 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(cast(type, kind), data, where)
     if origin in (tuple, list):
-        if not isinstance(data, list):
-            raise BadInput(f"{where}: expected a list, found {data!r}")
-        return origin(_read(get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(data))
+        return origin(_read(get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(_list(data, where)))
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        if not isinstance(data, dict):
-            raise BadInput(f"{where}: expected an object, found {data!r}")
-        return {k: _read(get_args(kind)[1], v, f"{where}.{k}") for k, v in data.items()}
+        return {k: _read(get_args(kind)[1], v, f"{where}.{k}") for k, v in _object(data, where).items()}
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
@@ -64,9 +60,20 @@ def _read(kind: Any, data: Any, where: str) -> Any:
     return data
 
 
-def _read_dataclass(kind: type, data: Any, where: str) -> Any:
+def _list(data: Any, where: str) -> list[Any]:
+    if not isinstance(data, list):
+        raise BadInput(f"{where}: expected a list, found {data!r}")
+    return data
+
+
+def _object(data: Any, where: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BadInput(f"{where}: expected an object, found {data!r}")
+    return data
+
+
+def _read_dataclass(kind: type, data: Any, where: str) -> Any:
+    data = _object(data, where)
     hints = get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     unknown = sorted(set(data) - set(fields))

@@ -109,14 +109,10 @@ def allocate(
     rows: list[tuple[int, int, float]] = [(column[c.site], k, 1.0) for k, c in enumerate(choices)]
     lower, upper = [1.0] * len(menus), [1.0] * len(menus)
     for link in links:
-        ends = ((link.producer, "width_out", 1.0), (link.consumer, "width_in", -1.0))
-        for width in sorted({getattr(c, field) for name, field, _ in ends for c in menus[name]}):
-            for name, field, sign in ends:
-                rows += [
-                    (len(lower), k, sign)
-                    for k, c in enumerate(choices)
-                    if c.site == name and getattr(c, field) == width
-                ]
+        for width in sorted({c.width_out for c in choices if c.site == link.producer}):
+            row = len(lower)
+            rows += [(row, k, 1.0) for k, c in enumerate(choices) if c.site == link.producer and c.width_out == width]
+            rows += [(row, k, -1.0) for k, c in enumerate(choices) if c.site == link.consumer and c.width_in == width]
             lower.append(0.0)
             upper.append(0.0)
     for value, ceiling in limits:

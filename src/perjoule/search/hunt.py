@@ -21,6 +21,10 @@ from perjoule.search.recipe import recipe_of
 from perjoule.search.refine import Evaluated, correction, refine
 from perjoule.search.repair import repaired
 
+BOLD = 1.6
+"""Damage of the version that is repaired, over what passes without: what a short distillation can win back."""
+STEP = 5.0
+"""Time of a distillation step over one forward pass: teacher, student, backward, projections, optimiser."""
 MARGIN = 0.1
 """Share of the allowed loss that the search leaves unspent: the verdict is read off other examples than it looks at."""
 
@@ -123,7 +127,7 @@ class Hunt:
         factors = correction(seen)
         allowed = max([e.distance for e in seen if e.relative >= self.keep], default=2 * (1 - self.keep))
         ranked = sorted(self.plans.values(), key=lambda p: self._promise(p, seen))
-        bold = ranked[0].problem.cheapest(3 * allowed, factors)
+        bold = ranked[0].problem.cheapest(BOLD * allowed, factors)
         if bold is None or bold.key in {e.allocation.key for e in seen if e.relative >= self.keep}:
             return []
         compressed = self._apply(bold)
@@ -163,5 +167,5 @@ class Hunt:
     def _repair_steps(self, compressed: Compressed) -> int:
         start = time.perf_counter()
         answers(compressed.model, self.original.workload.calibration[:2])
-        per_step = 3.5 * (time.perf_counter() - start) / len(self.original.workload.calibration[:2])
+        per_step = STEP * (time.perf_counter() - start) / len(self.original.workload.calibration[:2])
         return int(min(400, max(20, self.prospect.settings.repair_s / per_step)))

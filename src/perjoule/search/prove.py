@@ -263,7 +263,7 @@ def original_point(
         reason="",
         quality=judgement.quality,
         quality_relative=one,
-        quality_details={},
+        quality_details=judgement.details,
         latency_s=seen.latency_s,
         speedup=dict.fromkeys(seen.latency_s, one),
         energy_j=seen.energy_j,

@@ -15,7 +15,7 @@ class Settings:
     """Seconds each version answers one kind of request per round."""
     calibration_examples: int = 128
     """Examples whose statistics are gathered."""
-    repair_s: float = 60.0
+    repair_s: float = 45.0
     """Time for one repair; fixes its number of steps."""
     versions: int = 8
     """How many versions are exported and measured."""

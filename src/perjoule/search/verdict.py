@@ -41,9 +41,8 @@ def _faster(speedup: Estimate, request: str) -> str:
 def _energy(ratio: Estimate, request: str) -> str:
     if ratio.low <= 1 <= ratio.high:
         return f"takes no distinguishably different energy at request {request}"
-    change = ratio.value - 1
-    sign = "−" if change < 0 else "+"
-    return f"takes {sign}{abs(100 * change):.0f} % energy per request {request} ({ratio.how})"
+    change = "less" if ratio.value < 1 else "more"
+    return f"takes {abs(100 * (1 - ratio.value)):.0f} % {change} energy per request {request} ({ratio.how})"
 
 
 def references_of(best: Point | None) -> tuple[str, ...]:

@@ -64,18 +64,31 @@ class LowRank(Form):
 
     def compensated(self, w_OI: Tensor, metric: Metric) -> Packed:
         assert metric.full_II is not None
-        h = metric.full_II.double()
-        # A trace of damping: calibration data may span less than all of I, and S must be inverted.
-        root_II = torch.linalg.cholesky(h + 1e-8 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype))
-        a_Or, b_rI = _truncated(w_OI.double() @ root_II, self.rank(*w_OI.shape))
+        root_II, r_O1 = _root(metric.full_II.double()), _row_roots(w_OI, metric).double()[:, None]
+        a_Or, b_rI = _truncated(r_O1 * w_OI.double() @ root_II, self.rank(*w_OI.shape))
         b_rI = torch.linalg.solve_triangular(root_II, b_rI, upper=False, left=False)
-        return LowRankPacked(a_Or=a_Or.float(), b_rI=b_rI.float())
+        return LowRankPacked(a_Or=(a_Or / r_O1).float(), b_rI=b_rI.float())
 
     def nbytes(self, rows: int, columns: int) -> int:
         return 4 * self.rank(rows, columns) * (rows + columns)
 
     def describe(self) -> str:
         return f"low rank, {100 * self.share:.0f} % of the parameters"
+
+
+def _root(h_II: Tensor) -> Tensor:
+    """Lower-triangular S with S Sᵀ = H and as little damping as lets S be inverted.
+
+    Calibration data may span less than all of I; H, summed in float32, then has eigenvalues a little below zero.
+    """
+    mean = h_II.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    for share in (1e-8, 1e-6, 1e-4):
+        damped_II = h_II + share * mean * torch.eye(len(h_II), dtype=h_II.dtype)
+        root_II: Tensor
+        root_II, failed = torch.linalg.cholesky_ex(damped_II)
+        if not failed:
+            return root_II
+    raise ConfigError("low rank: the second-order metric is not positive; was it gathered from finite inputs?")
 
 
 def _row_roots(w_OI: Tensor, metric: Metric) -> Tensor:

@@ -1,0 +1,149 @@
+"""Bytes come true: what an allocation is said to weigh is what the file holds, for every tiny model."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from perjoule.compress import groups, sites
+from perjoule.compress.apply import Applier
+from perjoule.compress.forms import Channels, Grid, LowRank
+from perjoule.compress.stream import gradients, inputs
+from perjoule.core.record import Recipe
+from perjoule.export.artifact import lowered, write
+from perjoule.export.graph import export
+from perjoule.search import menu, plan
+from perjoule.search.allocate import Allocation, Choice
+from perjoule.search.cost import input_shapes
+from perjoule.search.menu import INT4_GROUPS, INT8_STATIC, KEEP, LOW_RANK
+from perjoule.search.recipe import payload_bytes, recipe_of, weight_tensors
+from perjoule.search.sensitivity import Damages
+from perjoule.testing.models import TINY
+
+
+class Ready:
+    """A tiny model with its graph, its statistics and the menus of a runtime in which everything costs the same."""
+
+    def __init__(self, name, objective="size"):
+        self.tiny = TINY[name]()
+        model, batches = self.tiny.model, self.tiny.batches
+        self.sites, _ = sites.find(model)
+        sensed = gradients(model, self.sites, batches, seed=0)
+        stats = {}
+        for group in inputs(model, self.sites, batches, sensed):
+            stats.update(group)
+        self.groups, _ = groups.find(groups.trace(model, batches[0]), model, self.sites)
+        self.applier = Applier(model, self.sites, self.groups, stats)
+        self.graph = lowered(self.applier.apply(Recipe()), batches[0], self.tiny.dynamic)
+        damages = Damages(
+            of_option={s.name: {o.name: 0.0 for o in menu.options(s, objective)} for s in self.sites},
+            of_width={g.name: dict.fromkeys(menu.widths(g), 0.0) for g in self.groups},
+        )
+        baseline = SimpleNamespace(seconds={"1": 1.0}, runtime_seconds={"1": 1.0})
+        free = SimpleNamespace(of=lambda *_: 1.0)
+        shapes = input_shapes(model, self.sites, {"1": batches[0]})
+        self.menus = plan.menus_for(
+            model, self.sites, self.groups, damages, shapes, free, baseline, objective, lambda: None
+        )
+
+    def drawn(self, generator):
+        """A random allocation in which the widths agree."""
+        width = {g.name: generator.choice(menu.widths(g)) for g in self.groups}
+        into = {g.consumer: width[g.name] for g in self.groups}
+        out = {g.producer: width[g.name] for g in self.groups}
+        chosen = []
+        for site, choices in self.menus.items():
+            fitting = [c for c in choices if (c.width_in, c.width_out) == (into.get(site, 0), out.get(site, 0))]
+            chosen.append(generator.choice(fitting))
+        return Allocation(choices=tuple(chosen))
+
+    def made(self, allocation):
+        return self.applier.apply(recipe_of(allocation, self.groups, seed=0))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_predicted_bytes_are_the_bytes_of_the_file(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(menu, "SMALL", 1)
+    ready, generator = Ready(name), random.Random(name)
+    kept = sum(max((c for c in m if c.option is KEEP), key=lambda c: c.nbytes).nbytes for m in ready.menus.values())
+    beside = ready.graph.payload_bytes() - kept
+    tried = set()
+    for number in range(6):
+        allocation = ready.drawn(generator)
+        tried |= {c.option.name for c in allocation.choices}
+        compressed = ready.made(allocation)
+        predicted = payload_bytes(ready.graph, ready.sites, compressed)
+        graph = lowered(compressed, ready.tiny.batches[0], ready.tiny.dynamic)
+        written = write(graph, tmp_path / f"{number}.onnx", predicted)
+        assert written.payload_bytes == predicted
+        # the menus know it before anything is fitted: what a limit on the size is held to
+        assert beside + allocation.nbytes == predicted, allocation.key
+    assert len(tried) > 1
+
+
+def test_one_byte_more_than_predicted_is_no_file(tmp_path):
+    ready = Ready("mlp")
+    from perjoule.core.errors import ExportError
+
+    right = ready.graph.payload_bytes()
+    with pytest.raises(ExportError, match=f"would hold {right} bytes of weights, {right + 1} were predicted"):
+        write(ready.graph, tmp_path / "no.onnx", right + 1)
+    assert not (tmp_path / "no.onnx").exists()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_original_graph_knows_the_weights_of_every_site(name):
+    """Before any clean-up, too: names differ between exports, sizes do not."""
+    tiny = TINY[name]()
+    found, _ = sites.find(tiny.model)
+    graph = export(tiny.model, tiny.batches[0], tiny.dynamic)
+    sizes = {t.name: graph_size(t) for t in graph.graph.initializer}
+    seen = set()
+    for site in found:
+        names = weight_tensors(graph, site)
+        assert names, site.name
+        assert not names & seen
+        seen |= names
+        assert sum(sizes[n] for n in names) == site.weights
+
+
+def graph_size(tensor):
+    total = 1
+    for n in tensor.dims:
+        total *= n
+    return total
+
+
+def pick(site, option, *, into=0, out=0):
+    return Choice(
+        site=site, option=option, width_in=into, width_out=out, damage=0, damage_width=0, nbytes=0, cost=0, latency_s=0
+    )
+
+
+def test_the_order_is_channels_then_factors_then_codes():
+    cut = [
+        groups.Group(producer="b", consumer="c", channels=8, block=2),
+        groups.Group(producer="a", consumer="b", channels=4, block=1),
+    ]
+    allocation = Allocation(
+        choices=(
+            pick("a", INT4_GROUPS, out=2),
+            pick("b", LOW_RANK, into=2, out=8),
+            pick("c", INT8_STATIC, into=8),
+            pick("d", INT4_GROUPS),
+            pick("e", KEEP),
+        )
+    )
+    recipe = recipe_of(allocation, cut, seed=7)
+    assert recipe.seed == 7
+    assert recipe.repair is None
+    assert [(s.sites, s.form, s.saliency, s.fit) for s in recipe.steps] == [
+        (("a -> b",), Channels(keep=2, block=1).config(), "second_order", "second_order"),
+        (("b",), LowRank(share=0.5).config(), "second_order", "second_order"),
+        (("a", "d"), Grid(bits=4, group=32).config(), "second_order", "second_order"),
+        (("c",), Grid(activations="static").config(), "identity", "nearest"),
+    ]
+
+
+def test_nothing_chosen_is_an_empty_recipe():
+    assert recipe_of(Allocation(choices=(pick("a", KEEP),)), [], seed=0) == Recipe()
