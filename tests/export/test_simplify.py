@@ -96,6 +96,13 @@ def test_masks_become_finite_with_the_guard():
     assert [n.op_type for n in graph.node] == ["Add", "Softmax", "Neg"]
     (mask,) = graph.initializer
     assert numpy_helper.to_array(mask).tolist() == [0, MASKED, 0]
+    scores = np.array([-500.0, MASKED + 500.0, -500.0], np.float32)  # far more than scores ever differ by
+    assert np.exp(scores - scores.max()).tolist() == [1.0, 0.0, 1.0]
+    assert np.isfinite(np.float32(MASKED) + np.float32(MASKED)), "masks may be added to each other"
+
+
+def test_exporting_includes_it(prepared):
+    assert "IsNaN" not in kinds(prepared("encoder").graph("float32").proto)
 
 
 def test_a_guard_that_means_something_else_stays():

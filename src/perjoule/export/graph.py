@@ -64,14 +64,22 @@ class Graph:
         return {t.name: t for t in self.graph.initializer}
 
     def payload_bytes(self) -> int:
-        """Bytes of all stored tensors but the small constants that lowering adds."""
-        dense = sum(stored_bytes(t) for t in self.graph.initializer if not t.name.startswith(CONSTANT))
+        """Bytes of all stored weights: float tensors, codes, scales, and sparse positions."""
+        dense = sum(stored_bytes(t) for t in self.graph.initializer if is_weight(t))
         sparse = sum(stored_bytes(s.values) + stored_bytes(s.indices) for s in self.graph.sparse_initializer)
         return dense + sparse
 
 
 CONSTANT = "perjoule/"
 """Prefix of constants that belong to the container, not to the weights."""
+
+
+_SHAPES = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
+
+
+def is_weight(tensor: TensorProto) -> bool:
+    """Whether a constant counts to the payload; axes, shapes and positions belong to the graph, so to the container."""
+    return tensor.data_type not in _SHAPES and not tensor.name.startswith(CONSTANT)
 
 
 def stored_bytes(tensor: TensorProto) -> int:

@@ -35,6 +35,8 @@ class Baseline:
     container: int
     size_bytes: int
     """Of the original's own file."""
+    vectors: Mapping[str, int]
+    """By producer of a channel group: stored vectors that are cut along with it, as `vectors_beside` finds them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ def menus_for(
                         width_out=wide_out,
                         damage=damages.of_option[site.name][option.name],
                         damage_width=damages.of_width[group_in.name][wide_in] if group_in else 0.0,
-                        nbytes=_nbytes(site, option, rows, columns) + _beside(model, site, group_out, rows),
+                        nbytes=_nbytes(site, option, rows, columns) + 4 * wide_out * baseline.vectors.get(site.name, 0),
                         cost=sum(s / baseline.runtime_seconds[k] for k, s in found.items()) / len(labels),
                         latency_s=found[labels[0]],
                     )
@@ -168,14 +170,6 @@ def _nbytes(site: Site, option: Option, rows: int, columns: int) -> int:
         return 4 * (site.weights if site.kind == "recurrent" else rows * columns)
     shapes = site.shapes if site.kind == "recurrent" else ((rows, columns),)
     return sum(option.form.nbytes(o, i) for o, i in shapes)
-
-
-def _beside(model: nn.Module, site: Site, group: Group | None, rows: int) -> int:
-    """Bytes of the vectors that are cut along with a producer: its bias, and batch norms behind it."""
-    if group is None:
-        return 0
-    vectors = 1 if getattr(site.module(model), "bias", None) is not None else 0
-    return 4 * rows * (vectors + 4 * len(group.norms))
 
 
 def plan_for(

@@ -22,6 +22,7 @@ from perjoule.measure.paired import Window
 from perjoule.search import cost, plan, preflight, prove, sensitivity
 from perjoule.search.menu import KEEP, options
 from perjoule.search.original import Original
+from perjoule.search.recipe import vectors_beside
 from perjoule.search.session import Session
 from perjoule.search.settings import Settings
 
@@ -167,13 +168,22 @@ class Prospect:
         self.runtime_s: dict[str, dict[str, float]] = {}
         for name in dict.fromkeys(n for n, _ in usable):
             by_threads = {t: f"{name}/{t}" for n, t in usable if n == name}
-            if self.budget.objective == "latency":
-                first = next(iter(self.requests))
-                best = min(by_threads, key=lambda t: seconds(by_threads[t])[first])
-            else:
-                best = min(by_threads, key=lambda t: joules(by_threads[t]))
+            best = self._threads({t: (seconds(way), joules(way)) for t, way in by_threads.items()})
             self.threads[name] = best
             self.runtime_s[name] = seconds(by_threads[best])
+
+    def _threads(self, ways: Mapping[int, tuple[Mapping[str, float], float]]) -> int:
+        """The number of threads to serve with, from (seconds by request, mean joules) of each number.
+
+        The thriftiest that is not slower than the original at any request; where all are, the fastest.
+        """
+        first = next(iter(self.requests))
+        if self.budget.objective == "latency":
+            return min(ways, key=lambda t: ways[t][0][first])
+        fast = [t for t, (found, _) in ways.items() if all(found[q] < self.eager_s[q] for q in self.requests)]
+        if fast:
+            return min(fast, key=lambda t: ways[t][1])
+        return min(ways, key=lambda t: max(ways[t][0][q] / self.eager_s[q] for q in self.requests))
 
     def _price(self) -> None:
         """Costs of all choices on this machine, runtime by runtime."""
@@ -185,6 +195,7 @@ class Prospect:
                 payload=self.original.as_is.payload_bytes,
                 container=self.original.as_is.container_bytes,
                 size_bytes=self.original.size_bytes,
+                vectors=vectors_beside(self.original.prover.original, self.groups),
             )
             table = cost.CostTable(runtime=runtime, threads=self.threads[runtime.name])
 

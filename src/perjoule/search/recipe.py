@@ -13,11 +13,13 @@ from perjoule.compress.forms import Channels
 from perjoule.compress.groups import Group
 from perjoule.compress.sites import Site
 from perjoule.core.record import Recipe, Step
-from perjoule.export.graph import ROOT, Graph, stored_bytes
+from perjoule.export.graph import ROOT, Graph, is_weight, stored_bytes
 from perjoule.search.allocate import Allocation
 from perjoule.search.menu import Option
 
 _ORDER = {"Channels": 0, "LowRank": 1}
+_FOLDED = "_bias"
+"""What the exporter appends to a weight's name for the bias that it makes of a batch norm."""
 
 
 def recipe_of(allocation: Allocation, groups: Sequence[Group], seed: int) -> Recipe:
@@ -52,18 +54,32 @@ def payload_bytes(original: Graph, sites: Sequence[Site], compressed: Compressed
     """
     weights = {name for site in sites for name in weight_tensors(original, site)}
     state = compressed.model.state_dict()
-    total = sum(_rest(t, state) for t in original.graph.initializer if t.name not in weights)
+    total = sum(_rest(t, state) for t in original.graph.initializer if is_weight(t) and t.name not in weights)
     for name, site in compressed.sites.items():
         packed = compressed.packed.get(name)
         total += sum(p.nbytes for p in packed) if packed else 4 * site.weights
     return total
 
 
+def vectors_beside(graph: Graph, groups: Sequence[Group]) -> dict[str, int]:
+    """By producer: how many stored vectors are cut along with its channels - its bias, and what is left of the
+    batch norms behind it; one right behind the layer was folded into its weight and bias by the exporter.
+    """
+    found = {}
+    for group in groups:
+        names = {f"{ROOT}.{group.producer}.bias", f"{ROOT}.{group.producer}.weight{_FOLDED}"}
+        norms = tuple(f"{ROOT}.{norm}." for norm in group.norms)
+        own = [t for t in graph.graph.initializer if t.name in names or (norms and t.name.startswith(norms))]
+        found[group.producer] = sum(list(t.dims) == [group.channels] for t in own)
+    return found
+
+
 def weight_tensors(graph: Graph, site: Site) -> set[str]:
     """Names of the stored tensors that are the weights of `site`; linear ones were renamed when they were turned."""
-    if site.kind == "recurrent":
+    if site.kind == "recurrent":  # under the names of the module, or, where the exporter stacked them, of its node
         stored = {t.name for t in graph.graph.initializer}
-        return {f"{ROOT}.{site.name}.{p}".replace("..", ".") for p in site.parameters} & stored
+        stacked = {name for node in graph.nodes_in(site.name, (site.layer,)) for name in node.input[1:3]}
+        return ({f"{ROOT}.{site.name}.{p}".replace("..", ".") for p in site.parameters} | stacked) & stored
     kinds, at = {
         "linear": (("MatMul", "Gemm"), 1),
         "conv": (("Conv",), 1),
@@ -79,4 +95,7 @@ def _rest(tensor: TensorProto, state: Mapping[str, Tensor]) -> int:
     for place in (name, f"{module}.1.{parameter}"):  # a factorised layer keeps its bias in the second factor
         if place in state:
             return state[place].numel() * state[place].element_size()
+        weight = state.get(place.removesuffix(_FOLDED))
+        if weight is not None:  # the bias that a folded batch norm gave to a layer without one
+            return weight.shape[0] * weight.element_size()
     return stored_bytes(tensor)

@@ -16,7 +16,7 @@ def verdict_of(result: Result, points: Sequence[Point]) -> str:
         nearest = max(points, key=lambda p: p.quality_relative.value, default=None)
         if nearest is None:
             return f"No version of {result.workload} could be proven."
-        return f"No version of {result.workload} met the budget; the nearest, {nearest.name}, {nearest.reason}."
+        return f"No version of {result.workload} met the budget; the nearest was {nearest.name}: {nearest.reason}."
     requests = list(best.speedup)
     first, last = requests[0], requests[-1]
     speeds = [_faster(best.speedup[first], first)]

@@ -47,7 +47,7 @@ def cnn() -> Tiny:
     with seeded(2):
         model = nn.Sequential(
             nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2),
-            nn.Conv2d(8, 6, 3, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(8, 6, 3, stride=2, padding=1), nn.ReLU(inplace=True),
             nn.Flatten(), nn.Linear(6 * 2 * 2, 16), nn.ReLU(), nn.Linear(16, 4),
         )  # fmt: skip
         batches = tuple({"input": torch.randn(5, 2, 8, 8) + 0.3} for _ in range(3))
