@@ -3,6 +3,9 @@
 Each is a function that the command line can load by name; the broken ones are wrong in one way each.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -66,3 +69,100 @@ def plain() -> Workload:
     """No score: quality is fidelity to the original's answers. Not trained: only the answers count."""
     x, _ = examples(128, 48, seed=1)
     return Workload(name="plain", model=network().eval(), calibration=x.split(32))
+
+
+# ---- each wrong in one way
+
+
+def weights_nan() -> Workload:
+    found = plain()
+    with torch.no_grad():
+        found.model[2].weight[3, 4] = float("nan")
+    return found
+
+
+def weights_infinite() -> Workload:
+    found = plain()
+    with torch.no_grad():
+        found.model[0].bias[0] = float("inf")
+    return found
+
+
+def data_nan() -> Workload:
+    x, _ = examples(128, 48, seed=1)
+    x[100, 7] = float("nan")
+    return Workload(model=network().eval(), calibration=x[:64].split(32), evaluation=x[64:].split(32))
+
+
+def calibration_nan() -> Workload:
+    x, _ = examples(128, 48, seed=1)
+    x[3, 7] = float("nan")
+    return Workload(model=network().eval(), calibration=x[:64].split(32), evaluation=x[64:].split(32))
+
+
+def nothing_to_calibrate() -> Workload:
+    return Workload(model=network().eval(), calibration=[])
+
+
+def wrong_shape() -> Workload:
+    x, _ = examples(128, 47, seed=1)
+    return Workload(model=network().eval(), calibration=x.split(32))
+
+
+def no_workload() -> dict[str, int]:
+    return {"model": 1}
+
+
+def no_model() -> Workload:
+    return Workload(model=lambda x: x, calibration=[torch.zeros(2, 2)])
+
+
+def score_of_the_wrong_length() -> Workload:
+    return scored(lambda answers: np.ones(3))
+
+
+def score_nan() -> Workload:
+    return scored(lambda answers: np.full(len(answers), np.nan))
+
+
+def score_of_nothing() -> Workload:
+    return scored(lambda answers: np.zeros(len(answers)))
+
+
+def score_of_a_loss() -> Workload:
+    return scored(lambda answers: -np.square(answers).mean(1))
+
+
+def score_that_fails() -> Workload:
+    return scored(lambda answers: answers["logits"])
+
+
+def scored(score: Callable[[Any], Any]) -> Workload:
+    x, _ = examples(128, 48, seed=1)
+    return Workload(
+        model=network().eval(), calibration=x[:64].split(32), evaluation=x[64:].split(32), score=score, score_name="s"
+    )
+
+
+class Choosy(nn.Module):
+    """What it computes depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.layer(x)
+        if answer.sum() > 0:
+            answer = torch.relu(answer)
+        return answer
+
+
+def untraceable() -> Workload:
+    x, _ = examples(128, 48, seed=1)
+    return Workload(model=Choosy().eval(), calibration=x.split(32))
+
+
+def nothing_to_compress() -> Workload:
+    x, _ = examples(128, 48, seed=1)
+    return Workload(model=nn.Sequential(nn.LayerNorm(48), nn.ReLU()).eval(), calibration=x.split(32))

@@ -72,7 +72,7 @@ def optimize(
     latency: Annotated[str | None, typer.Option(help="Longest first kind of request: 5ms, or 50%.")] = None,
     objective: Annotated[str, typer.Option(help="What is to be least: energy, size or latency.")] = "energy",
     target: Annotated[str, typer.Option(help="cpu (every installed runtime), onnxruntime or openvino.")] = "cpu",
-    evaluations: Annotated[int, typer.Option(help="Whole-model evaluations the search may spend.")] = 12,
+    evaluations: Annotated[int, typer.Option(help="Whole-model evaluations the search may spend.")] = 10,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,

@@ -9,7 +9,9 @@ Errors come back as {"error": line}. Arrays travel through files without pickle.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -44,7 +46,11 @@ class Worker:
     def __init__(self, name: str, artifact: Path, runtime_name: str, threads: int, requests: Path) -> None:
         self.name = name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "perjoule.export.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "perjoule.export.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,  # Ctrl-C is for the parent, which then closes the input
         )
         self.pid = self._process.pid
         try:
@@ -83,7 +89,8 @@ class Worker:
         """End the process."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # an order that a dead process never read
+                    pipe.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -135,4 +142,7 @@ def _serve(lines: Sequence[str] | Any) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.stdin)
+    try:
+        _serve(sys.stdin)
+    except BrokenPipeError:  # the parent was interrupted and waits for no answer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

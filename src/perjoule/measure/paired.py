@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from perjoule.core.reading import Estimate, worst
+from perjoule.core.reading import Estimate, How, worst
 from perjoule.measure.meter import Meter
 
 LEVEL = 0.9
@@ -84,7 +84,7 @@ def interleaved(
     return windows
 
 
-def median(values: Sequence[float], source: str, how: str = "measured", level: float = LEVEL) -> Estimate:
+def median(values: Sequence[float], source: str, how: How = "measured", level: float = LEVEL) -> Estimate:
     """Median with its distribution-free interval at `level`, or as near as so few values allow."""
     ordered = sorted(values)
     count = len(ordered)
@@ -98,7 +98,7 @@ def median(values: Sequence[float], source: str, how: str = "measured", level: f
         value=statistics.median(ordered),
         low=ordered[k],
         high=ordered[count - 1 - k],
-        how="measured" if how == "measured" else "modelled",
+        how=how,
         source=source,
         level=round(covered, 3),
     )

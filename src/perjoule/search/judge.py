@@ -67,7 +67,13 @@ class Judge:
     def _scores(self, answers: Array) -> Array:
         if self.workload.score is None:
             return cosine(answers, self.reference)
-        scores = np.asarray(self.workload.score(answers), dtype=float).reshape(-1)
+        try:
+            scores = np.asarray(self.workload.score(answers), dtype=float).reshape(-1)
+        except Exception as error:
+            raise WorkloadError(
+                f"the score '{self.workload.score_name}' fails on answers of shape {answers.shape}:"
+                f" {type(error).__name__}: {error}"
+            ) from error
         if not np.isfinite(scores).all():
             raise WorkloadError(f"the score '{self.workload.score_name}' gave NaN or infinity")
         if len(scores) not in (1, len(self.reference)):
@@ -121,6 +127,7 @@ def cosine(a: Array, b: Array) -> Array:
     x, y = a.reshape(len(a), -1).astype(float), b.reshape(len(b), -1).astype(float)
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     result: Array = (x * y).sum(1) / np.maximum(norms, 1e-12)
+    result[(x == y).all(1)] = 1.0  # whatever the rounding, and also where all answers are 0
     return result
 
 

@@ -36,7 +36,7 @@ def optimize(
     *,
     out: str | Path,
     target: str = "cpu",
-    evaluations: int = 12,
+    evaluations: int = 10,
     seed: int = 0,
     resume: bool = False,
     settings: Settings | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 from perjoule.compress import stream
 from perjoule.compress.apply import Applier, Compressed
+from perjoule.compress.sites import Site
 from perjoule.core.budget import Budget
 from perjoule.core.codec import from_json, to_json
 from perjoule.core.errors import ExportError, WorkloadError
@@ -80,6 +82,7 @@ class Prospect:
         return chosen
 
     def _calibrate(self) -> None:
+        _refuse_nothing(self.original.sites)
         batches = self._calibration()
 
         def gather() -> tuple[stream.Sensed, dict[str, Any]]:
@@ -92,6 +95,8 @@ class Prospect:
         self.progress.begin("calibration: what every layer sees", 1)
         self.sensed, self.stats = self.session.again("calibrate", gather)
         self.progress.step()
+        if not math.isfinite(self.sensed.output_square):
+            raise WorkloadError("the model answers NaN or infinity to the calibration data; check them")
         reached = []
         for site in self.original.sites:
             if site.kind == "recurrent" or self.sensed.g_O.get(site.name) is not None:
@@ -102,10 +107,9 @@ class Prospect:
                     Untreated(site=site.name, kind=site.layer, reason=reason, nbytes=4 * site.weights)
                 )
         self.sites = reached
+        _refuse_nothing(self.sites)
         names = {s.name for s in reached}
         self.groups = [g for g in self.original.groups if g.producer in names and g.consumer in names]
-        if not self.sites:
-            raise WorkloadError("nothing in this model can be compressed; `perjoule count` lists its layers")
         self.applier = Applier(self.model, self.sites, self.groups, self.stats)
 
         def assess() -> Any:
@@ -244,6 +248,11 @@ class Prospect:
             else:
                 reasons[site.name] = "every form costs more here than it saves, or more quality than there was to spend"
         return reasons
+
+
+def _refuse_nothing(sites: Sequence[Site]) -> None:
+    if not sites:
+        raise WorkloadError("nothing in this model can be compressed; `perjoule count` lists its layers")
 
 
 def _uncut(original: Original) -> list[str]:

@@ -26,7 +26,7 @@ from perjoule.core.reading import Estimate
 from perjoule.core.record import Coverage, Recipe, Record, Untreated
 from perjoule.core.result import Point
 from perjoule.core.workload import Workload
-from perjoule.export.artifact import Written, lowered, parity, write
+from perjoule.export.artifact import QUANTILE, Written, lowered, parity, write
 from perjoule.export.graph import Graph
 from perjoule.export.runtimes import as_feed, runtime
 from perjoule.export.worker import Worker, save_feeds
@@ -112,7 +112,7 @@ class Prover:
             mine = answer(compressed.model, batch)
             theirs = answer(self.workload.model, batch)
         norm = theirs.flatten(1).norm(dim=1).clamp_min(1e-12)
-        error = float(((mine - theirs).flatten(1).norm(dim=1) / norm).median())
+        error = float(((mine - theirs).flatten(1).norm(dim=1) / norm).quantile(QUANTILE))
         return parity(
             runtime(runtime_name), written.path, compressed, [batch], threads, tolerance=max(LOOSEST, NOISE * error)
         )

@@ -17,5 +17,5 @@ class Settings:
     """Examples whose statistics are gathered."""
     repair_s: float = 45.0
     """Time for one repair; fixes its number of steps."""
-    versions: int = 8
+    versions: int = 6
     """How many versions are exported and measured."""

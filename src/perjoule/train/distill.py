@@ -53,7 +53,7 @@ def distill(
     returned model: its weights are projected. Parameters named in `frozen` stay. The student's own hooks (quantised
     activations) stay active.
     """
-    student = copy.deepcopy(student)
+    untaught, student = student, copy.deepcopy(student)
     for name, parameter_ in student.named_parameters():
         parameter_.requires_grad_(parameter_.is_floating_point() and name not in frozen)
     for name, project in projections.items():
@@ -79,6 +79,6 @@ def distill(
     for name in projections:
         module, _, parameter = name.rpartition(".")
         parametrize.remove_parametrizations(student.get_submodule(module), parameter, leave_parametrized=True)
-    for parameter_ in student.parameters():
-        parameter_.requires_grad_(False)
-    return student.eval()
+    taught = copy.deepcopy(untaught)  # in `student` parametrizations have put the parameters into another order
+    taught.load_state_dict(student.state_dict())
+    return taught.requires_grad_(False).eval()
