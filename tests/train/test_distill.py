@@ -122,7 +122,7 @@ def test_every_step_is_told_and_every_batch_is_used(tiny):
     steps, seen = [], set()
 
     class Watching(nn.Module):
-        def forward(self, input):  # noqa: A002 - the model's own name for it
+        def forward(self, input):
             seen.add(float(input.sum()))
             return tiny.model(input)
 

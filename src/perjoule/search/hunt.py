@@ -134,6 +134,8 @@ class Hunt:
         batches = self.original.workload.calibration
         steps = self.session.once("repair steps", lambda: self._repair_steps(compressed))
         stored = self.prospect.folder / "work" / "repaired.safetensors"
+        if "repair" not in self.session.journal:
+            stored.unlink(missing_ok=True)  # left by another run in this folder
         self.progress.begin("repair: the original teaches the boldest version", steps)
 
         def teach() -> Compressed:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from perjoule.core.codec import from_json, to_json
@@ -58,5 +59,13 @@ class Session:
             time_s=Estimate.exact(total.time_s.value, "monotonic clock"),
             energy_j=one_source,
             boundary=total.boundary,
-            notes=total.notes,
+            notes=_once(total.notes),
         )
+
+
+def _once(notes: Sequence[str]) -> tuple[str, ...]:
+    """Notes that differ in figures only, once: the pieces of a long run all say how busy the machine was."""
+    seen: dict[str, str] = {}
+    for note in notes:
+        seen.setdefault(re.sub(r"[0-9.]+", "#", note), note)
+    return tuple(seen.values())
