@@ -119,7 +119,7 @@ STAGES = {
 }
 
 
-def test_a_full_disk_stops_in_one_line_and_the_run_goes_on_later(command, finished, tmp_path):
+def test_a_full_disk_stops_in_one_line_and_the_run_goes_on_later(command, tmp_path):
     """Files may grow so far and no further: first the exported original does not fit, then the report."""
     folder = tmp_path / "run"
     run = (*ARGUMENTS, "--out", str(folder))

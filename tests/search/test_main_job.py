@@ -205,25 +205,22 @@ def test_another_run_is_not_continued(finished, settings, tmp_path):
 
 
 def test_a_limit_on_the_file_holds_to_the_byte_and_one_target_is_used_alone(finished, settings, tmp_path):
-    limit = pj.Limit(value=0.2, kind="fraction")
+    """A small one, so that it takes a repair; in a folder where another run has left its repaired weights."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "repaired.safetensors").write_bytes(b"of another run")
+    budget = pj.Budget(keep=0.95, size=pj.Limit(value=0.1, kind="fraction"), objective="size")
     result = pj.optimize(
-        finished.workload,
-        pj.Budget(keep=0.95, size=limit, objective="latency"),
-        out=tmp_path,
-        target="onnxruntime",
-        evaluations=5,
-        settings=settings,
+        finished.workload, budget, out=tmp_path, target="onnxruntime", evaluations=5, settings=settings
     )
-    allowed = 0.2 * result.original.size_bytes
+    allowed = 0.1 * result.original.size_bytes
     assert result.best is not None
     for point in result.frontier:
         assert (tmp_path / point.artifact).stat().st_size <= allowed
-    too_large = [p for p in result.refused if p.size_bytes > allowed]
-    assert all("allowed" in p.reason for p in too_large)
+    assert result.refused
+    assert all(("allowed" in p.reason) == (p.size_bytes > allowed) for p in result.refused)
+    assert any(note.startswith("repair: ") for note in result.notes)
     assert {p.runtime for p in points(result)} == {"onnxruntime"}
-    assert {"onnxruntime"} == set(result.environment.software) & {"onnxruntime", "openvino"}
-    first = next(iter(result.original.latency_s))
-    assert result.best.latency_s[first].value == min(p.latency_s[first].value for p in result.frontier)
+    assert set(result.environment.software) & {"onnxruntime", "openvino"} == {"onnxruntime"}
 
 
 def test_bytes_as_the_objective_give_a_smaller_file(finished, settings, tmp_path):
@@ -241,14 +238,11 @@ def test_bytes_as_the_objective_give_a_smaller_file(finished, settings, tmp_path
 
 
 def test_convolutions_and_batch_norm_go_the_whole_way(workload_file, settings, tmp_path):
-    """In a folder where another run has left its repaired weights; with a repair of its own."""
     workload = pj.load(f"{workload_file}:cnn")
     before = copy.deepcopy(workload.model.state_dict())
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "repaired.safetensors").write_bytes(b"of another run")
-    result = pj.optimize(workload, pj.Budget(keep=0.98), out=tmp_path, target="onnxruntime", evaluations=4,
-                         settings=settings)  # fmt: skip
+    budget = pj.Budget(keep=0.9, objective="latency")
+    result = pj.optimize(workload, budget, out=tmp_path, target="onnxruntime", evaluations=4, settings=settings)
     assert result.best is not None
-    assert result.best.payload_bytes < 0.5 * result.original.payload_bytes
-    assert any(note.startswith("repair: ") for note in result.notes)
+    assert result.best.latency_s["1"].value == min(p.latency_s["1"].value for p in result.frontier)
+    assert len(points(result)) > 1
     assert all(torch.equal(before[k], v) for k, v in workload.model.state_dict().items()), "the user's model changed"

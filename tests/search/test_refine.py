@@ -127,6 +127,28 @@ def test_when_everything_passes_the_cheapest_of_all_is_found():
     assert min(e.allocation.cost for e in found) == pytest.approx(world.cheapest(0.99))
 
 
+def test_far_from_the_border_it_takes_long_steps():
+    """Everything passes by orders of magnitude at first; the budget is spent near the border nevertheless."""
+    world, keep = World(menus_of(6, 9)), 0.9
+    found = world.refine(keep, 8)
+    assert found[0].distance < 0.05 * (1 - keep)
+    assert min(e.allocation.cost for e in found if e.relative >= keep) <= 1.05 * world.cheapest(keep)
+
+
+def test_few_options_do_not_end_the_search_early():
+    """Nothing new lies under twice the damage that passed; the next version is a thousand times as bold."""
+    menu = [
+        choice("a", KEEP, 0, 8, 1.0),
+        choice("a", INT8_WEIGHTS, 1e-6, 2, 0.5),
+        choice("a", INT4_GROUPS, 1e-3, 1, 0.2),
+    ]
+    world = World({"a": menu})
+    found = refine(
+        [world.problem], [("kept", Allocation(choices=(menu[1],)))], world.evaluate, keep=0.98, evaluations=9
+    )
+    assert [e.allocation.cost for e in found] == [0.5, 0.2]
+
+
 def test_when_nothing_passes_it_goes_towards_the_original():
     world = World(menus_of(5, 3), loss=1e6)
     found = world.refine(0.99, 10)
@@ -158,16 +180,23 @@ def test_runtimes_take_turns():
 def test_a_limit_that_no_gentle_version_meets_is_met_at_the_price_of_damage():
     """The file must be small: the search may not give up because its first steps are too timid for that."""
     world = World(menus_of(5, 6), limits=[(lambda c: c.nbytes, 6)])  # four sites in 4 bits
-    found = world.refine(0.5, 6)
-    small = [e for e in found if e.allocation.nbytes <= 6]
-    assert small
-    assert any(e.relative >= 0.5 for e in small)
-    gentlest = min(
-        sum(c.corrected(FACTORS) for c in picked)
-        for picked in itertools.product(*world.menus.values())
-        if sum(c.nbytes for c in picked) <= 6
-    )
-    assert min(e.distance for e in small) <= 1.5 * gentlest
+    every = (Allocation(choices=c) for c in itertools.product(*world.menus.values()))
+    gentlest = min(world.truth(a)[0] for a in every if a.nbytes <= 6)
+    assert gentlest > 10 * max(world.truth(a)[0] for _, a in world.uniform()[:1])
+    found = world.refine(1 - 1.2 * gentlest, 8)
+    assert any(e.relative >= 1 - 1.2 * gentlest for e in found if e.allocation.nbytes <= 6)
+
+
+def test_where_other_limits_leave_nothing_gentle_the_gentlest_inside_them_is_proposed():
+    world = World(menus_of(4, 6), limits=[(lambda c: c.nbytes, 5)])
+    found = world.problem.cheapest(1e-9, FACTORS)
+
+    def damage(picked):
+        return sum(c.corrected(FACTORS) for c in picked)
+
+    small = [c for c in itertools.product(*world.menus.values()) if sum(x.nbytes for x in c) <= 5]
+    assert damage(found.choices) == pytest.approx(min(map(damage, small)))
+    assert found.nbytes <= 5
 
 
 def test_limits_nobody_meets_end_the_search():

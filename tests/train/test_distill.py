@@ -151,9 +151,12 @@ def test_a_repaired_version_is_in_its_forms_again_and_resumes_bit_for_bit(form, 
     compressed = Applier(tiny.model, found, [], {}).apply(Recipe(steps=(step,)))
     before = {name: packed[0].dense().clone() for name, packed in compressed.packed.items()}
 
+    done = []
+
     def repair():
+        stored = tmp_path / "w.safetensors"
         return repaired(
-            compressed, tiny.model, tiny.batches, tmp_path / "w.safetensors", steps=200, seed=3, progress=lambda: None
+            compressed, tiny.model, tiny.batches, stored, steps=200, seed=3, progress=lambda: done.append(1)
         )
 
     taught = repair()
@@ -168,7 +171,9 @@ def test_a_repaired_version_is_in_its_forms_again_and_resumes_bit_for_bit(form, 
     assert (taught.recipe.repair.steps, taught.recipe.repair.seed) == (200, 3)
     assert taught.recipe.steps == compressed.recipe.steps
 
+    assert len(done) == 200
     again = repair()  # reads what was stored
+    assert len(done) == 200
     assert same(state(again.model), state(taught.model))
     (tmp_path / "w.safetensors").unlink()
     assert same(state(repair().model), state(taught.model))

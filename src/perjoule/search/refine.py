@@ -10,7 +10,7 @@ hand, never worse.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,23 +109,32 @@ def refine(
         problem = problems[turn % len(problems)]
         turn += 1
         factors = correction(seen)
-        proposed = problem.cheapest(_next_ceiling(seen, factors, keep), factors)
-        found = look(proposed, f"search {len(seen) + 1}") if proposed is not None else None
+        found = None
+        for ceiling in _ceilings(seen, keep):
+            proposed = problem.cheapest(ceiling, factors)
+            if proposed is not None and proposed.key not in known:
+                found = look(proposed, f"search {len(seen) + 1}")
+                break
         idle = 0 if found else idle + 1
     return seen
 
 
-def _next_ceiling(seen: Sequence[Evaluated], factors: Mapping[str, float], keep: float) -> float:
-    """Damage to try next: between the largest distance that passed and the least that failed."""
+def _ceilings(seen: Sequence[Evaluated], keep: float) -> Iterator[float]:
+    """Damages to try next, between the largest distance that passed and the least that failed; the best guess first.
+
+    The others are for the case that nothing new lies under it: options are few in small networks.
+    """
     passed = [e.distance for e in seen if e.relative >= keep]
     failed = [e.distance for e in seen if e.relative < keep]
     low = max(passed, default=0.0)
-    above = [d for d in failed if d > low]
-    high = min(above, default=0.0)
+    high = min([d for d in failed if d > low], default=0.0)
     if high and high / max(low, 1e-12) < CLOSE:
-        return low
-    if low and high:
-        return math.sqrt(low * high)
-    if low:
-        return low * 2
-    return (min(failed) if failed else 1e-2) / 3
+        yield low
+    elif low and high:
+        yield from (low ** (1 - share) * high**share for share in (0.5, 0.75, 0.25, 0.9))
+    elif low:
+        # for fidelity a distance of 2 (1 - keep) is the border; far below it, half of the way there in logarithms
+        first = max(2 * low, math.sqrt(low * 2 * (1 - keep)))
+        yield from (first * 2.0**power for power in range(14))
+    else:
+        yield from ((min(failed) if failed else 1e-2) / 3.0**power for power in range(1, 5))
