@@ -50,6 +50,8 @@ class Budget:
             limit: Limit | None = getattr(self, name)
             if limit is not None and not (math.isfinite(limit.value) and limit.value > 0):
                 raise BudgetError(f"{name} {limit.value:g}: nothing is that small; give more than 0")
+        if self.energy is not None and self.energy.kind != "fraction":
+            raise BudgetError("energy: give a fraction of the original's; joules of two machines do not compare")
 
     @classmethod
     def parse(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from perjoule.core.errors import WorkloadError
+from perjoule.core.errors import PerjouleError, WorkloadError
 
 Phase = Literal["train", "forward", "prefill", "decode"]
 Batch = Mapping[str, Any]
@@ -122,7 +122,12 @@ def load(reference: str) -> Workload:
         raise WorkloadError(f"{reference}: no function '{function}' in it; it has {_public(module)}")
     if not callable(factory):
         raise WorkloadError(f"{reference}: '{function}' is {type(factory).__name__}, not a function")
-    workload = factory()
+    try:
+        workload = factory()
+    except (PerjouleError, ImportError):
+        raise
+    except Exception as error:  # the user's code raises what it likes
+        raise WorkloadError(f"{reference}: '{function}' raised {_told(error)}") from error
     if not isinstance(workload, Workload):
         raise WorkloadError(f"{reference}: '{function}' returned {type(workload).__name__}; return a perjoule.Workload")
     return workload
@@ -141,13 +146,19 @@ def _module(place: str, reference: str) -> Any:
         sys.modules[name] = module
         try:
             spec.loader.exec_module(module)
-        except (SyntaxError, ImportError) as error:
-            raise WorkloadError(f"{reference}: cannot import it: {error}") from error
+        except PerjouleError:
+            raise
+        except Exception as error:  # the user's code raises what it likes
+            raise WorkloadError(f"{reference}: cannot import it: {_told(error)}") from error
         return module
     try:
         return importlib.import_module(place)
     except ImportError as error:
         raise WorkloadError(f"{reference}: cannot import module '{place}': {error}") from error
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _public(module: Any) -> str:

@@ -17,6 +17,7 @@ from perjoule.search import plan
 from perjoule.search.allocate import Allocation
 from perjoule.search.menu import INT8_DYNAMIC, INT8_STATIC, INT8_WEIGHTS
 from perjoule.search.prospect import Prospect
+from perjoule.search.prove import ROUNDING
 from perjoule.search.recipe import recipe_of
 from perjoule.search.refine import Evaluated, correction, refine
 from perjoule.search.repair import repaired
@@ -47,7 +48,7 @@ class Hunt:
         self.budget, self.session, self.progress = prospect.budget, prospect.session, prospect.progress
         self.seed, self.plans = prospect.seed, prospect.plans
         self.notes: list[str] = []
-        self.keep = self.budget.keep + MARGIN * (1 - self.budget.keep)
+        self.keep = self.budget.keep + MARGIN * (1 - self.budget.keep) - ROUNDING
         self.seen = self._search()
         self.listed = self._short_list(self.seen)
 
@@ -56,11 +57,13 @@ class Hunt:
 
     def _search(self) -> list[Evaluated]:
         batches = self.original.search_batches
-        uniform = {
-            option.name: plan.uniform_allocation(p.problem.menus, option)
-            for p in self.plans.values()
-            for option in (INT8_WEIGHTS, INT8_STATIC, INT8_DYNAMIC)
-        }
+        uniform: dict[str, Allocation] = {}
+        for name, current in self.plans.items():
+            for option in (INT8_WEIGHTS, INT8_STATIC, INT8_DYNAMIC):
+                allocation = plan.uniform_allocation(current.problem.menus, option)
+                same = uniform.setdefault(option.name, allocation)
+                if same.key != allocation.key:  # this runtime cannot run what the other can
+                    uniform[f"{option.name} for {name}"] = allocation
 
         def evaluate(allocation: Allocation, label: str) -> Evaluated:
             def judged() -> Any:

@@ -44,6 +44,14 @@ NOISE = 1.3
 same value differ wherever the value falls near a step, and from there on everything does."""
 
 
+ROUNDING = 1e-9
+"""An identical answer may come out at 1 - 1e-14 of the original's."""
+
+
+UNSTEADY = 3.0
+"""Slowest round of the original over its fastest, from which on the run says so."""
+
+
 class Eager:
     """The original as it is, in this process."""
 
@@ -227,7 +235,7 @@ def decided(point: Point, original: Point, budget: Budget) -> Point:
     """`point` kept or refused, with every reason: a claim that is not proven is no saving."""
     first = next(iter(original.latency_s))
     reasons = []
-    if point.quality_relative.value < budget.keep:
+    if point.quality_relative.value < budget.keep - ROUNDING:
         kept, asked = units.percent(point.quality_relative.value), units.percent(budget.keep)
         reasons.append(f"keeps {kept} of the quality, {asked} asked")
     if budget.size is not None and point.size_bytes > budget.size.of(original.size_bytes):
@@ -249,6 +257,19 @@ def decided(point: Point, original: Point, budget: Budget) -> Point:
         if ratio.low > 1:
             reasons.append(f"hungrier than the original at request {request} ({units.times(ratio.value)} the joules)")
     return replace(point, status="refused", reason="; ".join(reasons)) if reasons else point
+
+
+def unsteady(original: Point) -> list[str]:
+    """A note for every request whose rounds differ so much that no figure of this run deserves trust."""
+    found = []
+    for request, seconds in original.latency_s.items():
+        spread = seconds.high / seconds.low
+        if spread > UNSTEADY:
+            found.append(
+                f"the machine was busy: request {request} took the original {units.duration(seconds.low)} to"
+                f" {units.duration(seconds.high)}; repeat on a quiet machine before believing ratios"
+            )
+    return found
 
 
 def original_point(

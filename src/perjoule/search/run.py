@@ -141,10 +141,13 @@ class Run:
         return made
 
     def _most_promising(self, versions: Sequence[prove.Version]) -> list[prove.Version]:
-        """At most `settings.versions`: those whose file keeps the quality first, then by predicted energy."""
+        """At most `settings.versions`: those inside the budget first, then by the objective as predicted."""
+        limit = self.budget.size.of(self.original.size_bytes) if self.budget.size is not None else float("inf")
 
         def rank(v: prove.Version) -> tuple[bool, float]:
-            return v.judgement.relative.value < self.budget.keep, v.predicted.get("energy_ratio", 0.5)
+            outside = v.judgement.relative.value < self.budget.keep - prove.ROUNDING or v.written.size_bytes > limit
+            predicted = v.predicted.get("energy_ratio", 0.5)
+            return outside, float(v.written.size_bytes) if self.budget.objective == "size" else predicted
 
         chosen = sorted(versions, key=rank)[: self.settings.versions]
         if not chosen:
@@ -159,6 +162,7 @@ class Run:
     # ---- the result
 
     def _result(self, points: Sequence[Point], original: Point, seen: Sequence[Evaluated]) -> Result:
+        self.notes += prove.unsteady(original)
         kept = [p for p in points if p.status == "kept"]
         best = min(kept, key=lambda p: self._measured_objective(p)) if kept else None
         if best is not None:
