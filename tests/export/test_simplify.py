@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from perjoule.export.graph import export
+from perjoule.export.runtimes import OnnxRuntime
 from perjoule.export.simplify import MASKED, simplify
 from perjoule.testing.models import TINY
 
@@ -110,3 +111,36 @@ def test_a_guard_that_means_something_else_stays():
     before = copy.deepcopy(graph)
     assert simplify(graph) == 0
     assert graph == before
+
+
+class _Rows(nn.Module):
+    def __init__(self, kind: type[nn.Module], batch_first: bool, last: bool) -> None:
+        super().__init__()
+        self.layer = kind(6, 8, num_layers=2, batch_first=batch_first)
+        self.head = nn.Linear(8, 3)
+        self.last = last
+
+    def forward(self, x):
+        states, _ = self.layer(x)
+        return self.head(states[:, -1] if self.last else states)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("last", [True, False])
+def test_recurrent_layers_lose_their_shape_arithmetic_and_answer_the_same(kind, last):
+    torch.manual_seed(0)
+    model = _Rows(kind, batch_first=True, last=last).eval()
+    graph = export(model, {"x": torch.randn(3, 5, 6)}, {"x": (0,)})
+    before = {n.op_type for n in graph.graph.node}
+    simplify(graph.graph)
+    left = [n.op_type for n in graph.graph.node]
+    assert "Expand" in before
+    assert "Expand" not in left
+    assert "Shape" not in left
+    assert left.count("Squeeze") == 2
+    session = OnnxRuntime.open(graph.proto.SerializeToString(), 1)
+    for batch in (1, 3, 7):  # the batch stays free
+        x = torch.randn(batch, 5, 6)
+        with torch.inference_mode():
+            expected = model(x).numpy()
+        np.testing.assert_allclose(session.run({"x": x.numpy()}), expected, atol=1e-6)
