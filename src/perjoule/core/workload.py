@@ -158,7 +158,9 @@ def _module(place: str, reference: str) -> Any:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    """The error in one line; those of imports and syntax speak for themselves."""
+    line = " ".join(str(error).split())
+    return line if isinstance(error, ImportError | SyntaxError) else f"{type(error).__name__}: {line}"
 
 
 def _public(module: Any) -> str:

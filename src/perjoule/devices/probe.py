@@ -30,7 +30,7 @@ from typing import Any
 from perjoule.core.atomic import write_json
 from perjoule.core.codec import from_json, to_json
 from perjoule.core.device import Device
-from perjoule.core.errors import BadInput, DiskFull
+from perjoule.core.errors import BadInput, PerjouleError
 from perjoule.core.reading import Estimate
 from perjoule.devices.cpu_specs import identify, spec_of
 from perjoule.devices.remainder import memory_bytes
@@ -53,7 +53,7 @@ def this_machine(*, probe: bool = True, refresh: bool = False) -> Device:
     if not probe:
         return _device({}, None)
     device = _device(_peaks(), _bandwidth())
-    with suppress(OSError, DiskFull):
+    with suppress(OSError, PerjouleError):
         write_json(path, {"key": key, "device": to_json(device)})
     return device
 
