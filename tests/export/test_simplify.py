@@ -144,3 +144,24 @@ def test_recurrent_layers_lose_their_shape_arithmetic_and_answer_the_same(kind, 
         with torch.inference_mode():
             expected = model(x).numpy()
         np.testing.assert_allclose(session.run({"x": x.numpy()}), expected, atol=1e-6)
+
+
+def test_several_steps_of_a_transposed_sequence_are_left_alone():
+    torch.manual_seed(0)
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(6, 8, batch_first=True)
+            self.register_buffer("steps", torch.tensor([4, 0]))
+
+        def forward(self, x):
+            return self.layer(x)[0][:, self.steps]
+
+    model = Steps().eval()
+    graph = export(model, {"x": torch.randn(3, 5, 6)}, {"x": (0,)})
+    simplify(graph.graph)
+    x = torch.randn(4, 5, 6)
+    found = OnnxRuntime.open(graph.proto.SerializeToString(), 1).run({"x": x.numpy()})
+    with torch.inference_mode():
+        np.testing.assert_allclose(found, model(x).numpy(), atol=1e-6)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,36 +204,20 @@ class Prospect:
             )
             table = cost.CostTable(runtime=runtime, threads=self.threads[runtime.name])
 
-            def fill(table: cost.CostTable = table, baseline: plan.Baseline = baseline) -> Any:
+            menus_of = partial(
+                plan.menus_for, self.model, self.sites, self.groups, self.damages, shapes, table, baseline
+            )
+
+            def fill(table: cost.CostTable = table, menus_of: Callable[..., Any] = menus_of) -> Any:
                 name = f"costs: every form, timed in {table.runtime.name}"
                 with stage(self.progress, name, len(self.sites)) as step, cost.steady_threads():
-                    plan.menus_for(
-                        self.model,
-                        self.sites,
-                        self.groups,
-                        self.damages,
-                        shapes,
-                        table,
-                        baseline,
-                        self.budget.objective,
-                        step,
-                    )
+                    menus_of(self.budget.objective, step)
                 return {"seconds": table.seconds, "refused": table.refused}
 
             known = self.session.once(f"costs {runtime.name}", fill)
             table.seconds, table.refused = known["seconds"], known["refused"]
             self.notes += table.reasons()
-            menus = plan.menus_for(
-                self.model,
-                self.sites,
-                self.groups,
-                self.damages,
-                shapes,
-                table,
-                baseline,
-                self.budget.objective,
-                lambda: None,
-            )
+            menus = menus_of(self.budget.objective, lambda: None)
             self.plans[runtime.name] = plan.plan_for(menus, self.groups, self.budget, baseline, runtime.name)
 
     def stayed(self) -> dict[str, str]:
