@@ -32,6 +32,20 @@ class Device:
     """Sustained power at full load (TDP for most datasheets)."""
     cores: int = 0
     """Logical cores that this machine may use; 0 for devices that are not counted in cores."""
+    sparse_flops: Mapping[str, Estimate] = field(default_factory=dict)
+    """FLOP/s by dtype where weights are 2:4 sparse, zeros counted as work: never mixed with `peak_flops`."""
+    node: int = 1
+    """Devices that share one fast interconnect (an NVLink island, a TPU slice is more than this)."""
+    link_bytes_s: Estimate | None = None
+    """Inside the node, per device and direction."""
+    network_bytes_s: Estimate | None = None
+    """Between nodes, per device and direction."""
+    system_w: Estimate | None = None
+    """Mean watts per device of a whole training system at work (host, memory, network, fans), where published."""
+    price_usd_h: Estimate | None = None
+    """Rent of one device for one hour."""
+    year: int = 0
+    """Of first shipment; 0: unknown."""
 
     def peak(self, dtype: str) -> Estimate:
         """Peak FLOP/s for `dtype`; an unknown dtype is an error that lists the known ones."""

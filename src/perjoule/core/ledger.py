@@ -12,11 +12,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
+
+from perjoule.core.workload import Phase
+
+Pass = Literal["forward", "backward", "recompute", "optimizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """All calls of one operator inside one module."""
+    """All calls of one operator inside one module, in one pass and one dtype."""
 
     module: str
     """Qualified name of the innermost module that ran it; "" for the root."""
@@ -29,6 +34,14 @@ class Entry:
     """Everything else: biases, norms, activations, softmax, element-wise."""
     read_bytes: int
     write_bytes: int
+    during: Pass = "forward"
+    """Recompute: what activation checkpointing runs again inside the backward pass."""
+    dtype: str = ""
+    """Of the arithmetic: "float32", "bfloat16", "int8" ...; "" where none is done, or several are merged."""
+    dense_flops: int = 0
+    """`matmul_flops` if sparse operands were stored densely and all experts ran; 0: the same."""
+    saved_bytes: int = 0
+    """Activations kept from here for the backward pass; a tensor kept twice is charged to its first keeper."""
 
     @property
     def flops(self) -> int:
@@ -62,7 +75,7 @@ class Uncounted:
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """The count of one forward pass of one workload."""
+    """The count of one forward pass, or of one training step, of one workload."""
 
     name: str
     entries: tuple[Entry, ...]
@@ -71,6 +84,15 @@ class Ledger:
     batch: str = ""
     """The input the count belongs to, for people: "input_ids 32x128 int64"."""
     notes: tuple[str, ...] = field(default=())
+    phase: Phase = "forward"
+    context: int = 0
+    """Tokens already in the cache before the pass (decode)."""
+    cache_bytes: int = 0
+    """What stays from one call to the next: keys and values, recurrent states, after this pass."""
+    state_bytes: int = 0
+    """Gradients and optimizer states beside the parameters (train)."""
+    peak_bytes: int = 0
+    """Most memory alive at once, followed through the pass: weights, states, activations, temporaries; 0: unknown."""
 
     @property
     def flops(self) -> int:
