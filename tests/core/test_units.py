@@ -32,7 +32,7 @@ def test_durations(value, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1, "1.00 J"), (3.5e6, "3.50 MJ"), (3.6e6, "3.60 MJ (1.00 kWh)"), (7.2e9, "7.20 GJ (2000 kWh)")],
+    [(1, "1.00 J"), (3.5e6, "3.50 MJ"), (3.6e6, "3.60 MJ (1.00 kWh)"), (7.2e9, "7.20 GJ (2.00 MWh)")],
 )
 def test_energies(value, text):
     assert units.energy(value) == text

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from perjoule.core.workload import Phase
 
@@ -50,6 +50,11 @@ class Entry:
     @property
     def moved_bytes(self) -> int:
         return self.read_bytes + self.write_bytes
+
+    @property
+    def dense_equivalent_flops(self) -> int:
+        """`dense_flops` where it differs, else `matmul_flops`."""
+        return self.dense_flops or self.matmul_flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +98,8 @@ class Ledger:
     """Gradients and optimizer states beside the parameters (train)."""
     peak_bytes: int = 0
     """Most memory alive at once, followed through the pass: weights, states, activations, temporaries; 0: unknown."""
+    active_params: int = 0
+    """Parameters that one token meets, where experts are routed; 0: all of them."""
 
     @property
     def flops(self) -> int:
@@ -107,12 +114,27 @@ class Ledger:
         return sum(e.moved_bytes for e in self.entries)
 
     @property
+    def dense_flops(self) -> int:
+        """Matrix products if sparse operands were stored densely and every expert saw every token."""
+        return sum(e.dense_equivalent_flops for e in self.entries)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Activations kept for the backward pass."""
+        return sum(e.saved_bytes for e in self.entries)
+
+    @property
     def param_count(self) -> int:
         return sum(p.count for p in self.parameters)
 
     @property
     def param_bytes(self) -> int:
         return sum(p.nbytes for p in self.parameters)
+
+    @property
+    def active_param_count(self) -> int:
+        """Parameters that one token meets: of routed experts only the chosen ones."""
+        return self.active_params or self.param_count
 
     @property
     def coverage(self) -> float:
@@ -134,6 +156,22 @@ class Ledger:
     def by_module(self) -> dict[str, Entry]:
         return self.by(lambda e: e.module)
 
+    def by_pass(self) -> dict[Pass, Entry]:
+        """Forward, backward, recompute, optimizer: those that there are, in this order."""
+        found = self.by(lambda e: e.during)
+        return {name: found[name] for name in get_args(Pass) if name in found}
+
+    def during(self, name: Pass) -> Entry:
+        """Everything of one pass; an empty entry where there is none."""
+        return _merged(name, [e for e in self.entries if e.during == name])
+
+    def flops_by_dtype(self) -> dict[str, int]:
+        """FLOPs by the type of the arithmetic, the largest share first; types without work are left out."""
+        sums: dict[str, int] = defaultdict(int)
+        for entry in self.entries:
+            sums[entry.dtype] += entry.flops
+        return dict(sorted(((k, v) for k, v in sums.items() if v), key=lambda item: -item[1]))
+
     def inside(self, module: str) -> Entry:
         """Everything that ran in `module` or below it; "" is the whole network."""
         prefix = f"{module}."
@@ -143,12 +181,18 @@ class Ledger:
 
 def _merged(name: str, group: Iterable[Entry]) -> Entry:
     items = list(group)
+    matmul, dense = sum(e.matmul_flops for e in items), sum(e.dense_equivalent_flops for e in items)
+    passes, dtypes = {e.during for e in items}, {e.dtype for e in items if e.dtype}
     return Entry(
         module=name,
         operator=name,
         calls=sum(e.calls for e in items),
-        matmul_flops=sum(e.matmul_flops for e in items),
+        matmul_flops=matmul,
         other_flops=sum(e.other_flops for e in items),
         read_bytes=sum(e.read_bytes for e in items),
         write_bytes=sum(e.write_bytes for e in items),
+        during=passes.pop() if len(passes) == 1 else "forward",
+        dtype=dtypes.pop() if len(dtypes) == 1 else "",
+        dense_flops=dense if dense != matmul else 0,
+        saved_bytes=sum(e.saved_bytes for e in items),
     )

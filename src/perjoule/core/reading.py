@@ -7,9 +7,9 @@ How, best first:
     measured   read from a counter or a clock
     modelled   computed from something measured (load, counts) through a model
     assumed    taken from a datasheet or a default
-Sums and products take the worst tag of their parts. Interval bounds of a sum add: that is exact when the
-errors of the parts are fully correlated (one wrong watt figure behind all of them), the usual case here, and
-conservative otherwise.
+Sums and products take the worst tag of their parts. Interval bounds of a sum add, those of `times` multiply: that is
+exact when the errors of the parts are fully correlated (one wrong watt figure behind all of them), the usual case
+here, and conservative otherwise. `product` is for factors that err independently.
 
 Boundary, innermost first: device (the chip and its memory) < host (the whole machine) < facility (with PUE).
 """
@@ -86,6 +86,25 @@ class Estimate:
             how=worst((self.how, other.how)),
             source=f"{self.source} x {other.source}",
             level=min(self.level, other.level),
+        )
+
+    @classmethod
+    def product(cls, *factors: Estimate) -> Estimate:
+        """The product of non-negative estimates whose errors are independent: log half-widths add in quadrature.
+
+        `times` takes the errors as fully correlated, which is right for one wrong watt figure used twice; utilisation,
+        watts, PUE and grid err each on their own, and the corner where all err at once is not the interval.
+        """
+        value = math.prod(f.value for f in factors)
+        down = math.sqrt(sum(math.log(f.value / f.low) ** 2 if f.low > 0 else math.inf for f in factors if f.value))
+        up = math.sqrt(sum(math.log(f.high / f.value) ** 2 for f in factors if f.value))
+        return cls(
+            value=value,
+            low=value * math.exp(-down),
+            high=value * math.exp(up) if value else 0.0,
+            how=worst(f.how for f in factors),
+            source=" x ".join(dict.fromkeys(f.source for f in factors)),
+            level=min(f.level for f in factors),
         )
 
     def scaled(self, factor: float) -> Estimate:

@@ -14,7 +14,17 @@ from perjoule.core.errors import BadInput
 
 J_PER_KWH = 3.6e6
 
-_SCALES = [(1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")]
+_SCALES = [
+    (1e24, "Y"),
+    (1e21, "Z"),
+    (1e18, "E"),
+    (1e15, "P"),
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+    (1.0, ""),
+]
 _SMALL = [(1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n")]
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _BYTES = {"b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
@@ -43,20 +53,38 @@ def size(value_bytes: float) -> str:
 
 
 def duration(value_s: float) -> str:
-    """Seconds for people: 0.00512 -> "5.12 ms", 75 -> "1 min 15 s", 7300 -> "2 h 2 min"."""
+    """Seconds for people: 0.00512 -> "5.12 ms", 75 -> "1 min 15 s", 7300 -> "2 h 2 min", 1e6 -> "11 d 14 h"."""
     if value_s < 59.95:
         return figure(value_s, "s")
     if value_s < 3599.5:
         minutes, seconds = divmod(round(value_s), 60)
         return f"{minutes} min {seconds} s"
-    hours, minutes = divmod(round(value_s / 60), 60)
-    return f"{hours} h {minutes} min"
+    if value_s < 172_800:
+        hours, minutes = divmod(round(value_s / 60), 60)
+        return f"{hours} h {minutes} min"
+    days, hours = divmod(round(value_s / 3600), 24)
+    return f"{days} d {hours} h" if days < 100 else f"{days:,} d"
 
 
 def energy(value_j: float) -> str:
-    """Joules for people; from one kWh on, kWh as well."""
+    """Joules for people; from one kWh on, watt-hours as well: 3.6e9 -> "3.60 GJ (1.00 MWh)"."""
     text = figure(value_j, "J")
-    return f"{text} ({number(value_j / J_PER_KWH)} kWh)" if value_j >= J_PER_KWH else text
+    return f"{text} ({figure(value_j / 3600, 'Wh')})" if value_j >= J_PER_KWH else text
+
+
+def mass(value_kg: float) -> str:
+    """Kilograms for people: 0.012 -> "12.0 g", 2494 -> "2.49 t"."""
+    if value_kg >= 1000:
+        return f"{number(value_kg / 1000)} t"
+    return f"{number(value_kg)} kg" if value_kg >= 1 else figure(value_kg * 1000, "g")
+
+
+def money(value: float, currency: str) -> str:
+    """An amount with three digits: 158123 -> "158,000 USD"."""
+    if abs(value) < 1000:
+        return f"{number(value)} {currency}"
+    step = 10 ** (int(math.log10(abs(value))) - 2)
+    return f"{round(value / step) * step:,} {currency}"
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -94,6 +122,15 @@ def parse_fraction(text: str, what: str) -> float:
     if unit not in ("", "%"):
         raise BadInput(f"{what} '{text}' is not understood; write a percentage such as 99%")
     return number / 100 if unit == "%" else number
+
+
+def parse_amount(text: str, what: str) -> float:
+    """A count from "2T", "1.28M", "1.5e9" or "300": k, M, B (or G) and T are powers of a thousand."""
+    number, unit = _number_and_unit(text.replace("_", "").replace(",", ""), what, "an amount such as 300B or 1.28M")
+    scale = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}.get(unit.lower())
+    if scale is None:
+        raise BadInput(f"{what} '{text}' is not understood; write an amount such as 300B or 1.28M")
+    return number * scale
 
 
 def parse_bytes(text: str, what: str) -> float:
