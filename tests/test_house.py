@@ -24,16 +24,25 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 NAMES = [
-    "Budget", "Device", "Estimate", "Ledger", "Limit", "Meter", "PerjouleError", "Point", "Reading", "Recipe",
-    "Result", "Workload", "__version__", "count", "load", "optimize",
+    "Budget", "Device", "Estimate", "Ledger", "Limit", "Meter", "PerjouleError", "Plan", "Point", "Reading",
+    "Recipe", "Result", "Workload", "__version__", "count", "load", "optimize", "plan",
 ]  # fmt: skip
 FACE = {
-    "count": "WORKLOAD --batch --depth --json",
-    "devices": "--json --probe/--no-probe",
+    "check-published": "FILE --json",
+    "count": "MODEL --batch --by --checkpoint --context --csv --depth --device --dtype --html --json --optimizer "
+    "--phase --shape",
+    "devices": "[NAME] --catalogue --json --probe/--no-probe",
     "measure": "[--] COMMAND --device --json --json-file",
     "methods": "[NAME] --json",
     "optimize": "WORKLOAD --energy --evaluations --json --keep --latency --objective --out --resume --seed --size "
     "--target",
+    "plan models": "--json",
+    "plan serve": "MODEL --compare --device --devices --explain --first --json --latency --load --out --output --place "
+    "--places --precision --prompt --pue --rps --search --usd-per-hour --year",
+    "plan train": "MODEL --batch --compare --context --data --device --devices --expert --explain --hours --interleave "
+    "--json --micro-batch --optimizer --out --pipeline --place --places --policy --pue --recompute --samples --search "
+    "--seq --tensor --tokens --trainable --usd-per-hour --within --year --zero",
+    "reconcile": "PLAN RUN --json",
     "report": "RUN_FOLDER --json",
 }
 
@@ -59,11 +68,20 @@ def test_public_names_are_frozen():
     assert sorted(perjoule.__all__) == NAMES
 
 
+def leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """Commands by their words; a group stands for what is in it."""
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        yield name, command
+        return
+    for word, below in inner.items():
+        yield from leaves(f"{name} {word}".strip(), below)
+
+
 def surface() -> dict[str, str]:
     """Every command with its arguments and options, as help names them."""
-    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
     found = {}
-    for name, command in commands.items():
+    for name, command in leaves("", get_command(app)):
         arguments = [p.metavar or p.name.upper() for p in command.params if p.param_type_name == "argument"]
         options = ["/".join([p.opts[0], *p.secondary_opts]) for p in command.params if p.param_type_name == "option"]
         found[name] = " ".join([*arguments, *sorted(options)])

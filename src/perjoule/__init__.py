@@ -20,6 +20,7 @@ _HOME = {
     "Limit": "core.budget",
     "Meter": "measure.meter",
     "PerjouleError": "core.errors",
+    "Plan": "plan.plan",
     "Point": "core.result",
     "Reading": "core.reading",
     "Recipe": "core.record",
@@ -28,6 +29,7 @@ _HOME = {
     "count": "count.counter",
     "load": "core.workload",
     "optimize": "search.optimize",
+    "plan": "plan.ask",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from perjoule.core.workload import load as load
     from perjoule.count.counter import count as count
     from perjoule.measure.meter import Meter as Meter
+    from perjoule.plan.ask import plan as plan
+    from perjoule.plan.plan import Plan as Plan
     from perjoule.search.optimize import optimize as optimize
 
 

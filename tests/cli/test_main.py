@@ -45,7 +45,7 @@ def test_version():
     [
         (["nothing"], "perjoule: No such command 'nothing'; see perjoule --help"),
         (["--nothing"], "perjoule: No such option: --nothing; see perjoule --help"),
-        (["count"], "perjoule count: Missing argument 'WORKLOAD'; see perjoule count --help"),
+        (["count"], "perjoule count: Missing argument 'MODEL'; see perjoule count --help"),
         (
             ["count", "--wrong"],
             "perjoule count: No such option: --wrong (Possible options: --json); see perjoule count --help",

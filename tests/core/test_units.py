@@ -7,7 +7,7 @@ from perjoule.core.errors import BadInput
 
 FIGURES = [
     (0, "0.00 B"), (1, "1.00 B"), (999, "999 B"), (999.4, "999 B"), (999.6, "1.00 kB"), (1000, "1.00 kB"),
-    (1234567, "1.23 MB"), (12345678901234, "12.3 TB"), (1e21, "1000 EB"), (-1500, "-1.50 kB"),
+    (1234567, "1.23 MB"), (12345678901234, "12.3 TB"), (1e21, "1.00 ZB"), (-1500, "-1.50 kB"),
     (0.00512, "5.12 mB"), (9.996, "10.0 B"), (99.96, "100 B"), (3e-6, "3.00 µB"), (1e-9, "1.00 nB"),
     (float("inf"), "inf B"), (float("nan"), "nan B"),
 ]  # fmt: skip
@@ -82,3 +82,23 @@ def test_what_is_no_time_is_refused(text):
 def test_what_is_no_share_is_refused(text):
     with pytest.raises(BadInput, match=r"--keep '.*' is not understood; write a percentage such as 99%"):
         units.parse_fraction(text, "--keep")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("2T", 2e12), ("1.28M", 1.28e6), ("300", 300), ("1_000", 1000), ("15e12", 15e12)]
+)
+def test_amounts_are_read(text, value):
+    assert units.parse_amount(text, "tokens") == value
+
+
+@pytest.mark.parametrize("text", ["", "ten", "3 apples", "1.2.3"])
+def test_amounts_that_are_none(text):
+    with pytest.raises(BadInput, match="tokens"):
+        units.parse_amount(text, "tokens")
+
+
+def test_amounts_masses_and_money_for_people():
+    assert [units.amount(v) for v in (15e12, 2e9, 3e8, 40)] == ["15.0 T", "2.00 B", "300 M", "40.0"]
+    assert [units.mass(v) for v in (2494.2, 12.3, 0.012)] == ["2.49 t", "12.3 kg", "12.0 g"]
+    assert [units.money(v, "USD") for v in (158123, 0.61, 999.6)] == ["158,000 USD", "0.610 USD", "1000 USD"]
+    assert [units.duration(v) for v in (172_799, 1e6, 4e8)] == ["48 h 0 min", "11 d 14 h", "4,629 d"]

@@ -7,7 +7,7 @@ from torch import nn
 from perjoule.core.ledger import Ledger
 from perjoule.count.counter import count_module
 from perjoule.count.outline import outline
-from perjoule.count.registry import COMPOSITES, FORMULAS, RESULTS, formula, lookup, nbytes
+from perjoule.count.registry import BACKWARDS, COMPOSITES, FORMULAS, RESULTS, Call, Cost, formula, lookup, nbytes
 
 
 def test_an_operator_has_one_formula():
@@ -18,6 +18,72 @@ def test_an_operator_has_one_formula():
 
 def test_every_composite_can_make_its_result():
     assert set(COMPOSITES) <= set(RESULTS)
+
+
+def test_every_composite_knows_its_way_back():
+    assert set(COMPOSITES) == set(BACKWARDS)
+
+
+@torch.library.custom_op("perjoule_test::gated", mutates_args=())
+def gated(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """A user's fused kernel: (x W) * sigmoid(x W)."""
+    y = x @ w
+    return y * y.sigmoid()
+
+
+@gated.register_fake
+def _(x, w):
+    return x.new_empty(x.shape[0], w.shape[1])
+
+
+@torch.library.custom_op("perjoule_test::gated_back", mutates_args=())
+def gated_back(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Its way back."""
+    return dy @ w.T, x.T @ dy
+
+
+@gated_back.register_fake
+def _(dy, x, w):
+    return torch.empty_like(x), torch.empty_like(w)
+
+
+gated.register_autograd(
+    lambda ctx, dy: torch.ops.perjoule_test.gated_back(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def test_a_users_own_operator_there_and_back():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 4))
+
+        def forward(self, x):
+            return torch.ops.perjoule_test.gated(x, self.w)
+
+    batch = {"x": torch.randn(3, 8)}
+    without = count_module(Gated(), batch, phase="train")
+    assert {u.operator for u in without.uncounted} == {"perjoule_test.gated", "perjoule_test.gated_back"}
+
+    @formula(torch.ops.perjoule_test.gated)
+    def price(call: Call) -> Cost:
+        x, w = call.args
+        return call.cost(matmul=2 * x.shape[0] * w.numel(), other=5 * call.out.numel(), operator="gated")
+
+    @formula(torch.ops.perjoule_test.gated_back)
+    def price_back(call: Call) -> Cost:
+        _, x, w = call.args
+        return call.cost(matmul=4 * x.shape[0] * w.numel(), operator="gated")
+
+    try:
+        ledger = count_module(Gated(), batch, phase="train")
+    finally:
+        del FORMULAS[torch.ops.perjoule_test.gated], FORMULAS[torch.ops.perjoule_test.gated_back]
+    assert ledger.coverage == 1.0
+    assert ledger.during("forward").matmul_flops == 2 * 3 * 32
+    assert ledger.during("backward").matmul_flops == 4 * 3 * 32
+    assert ledger.saved_bytes == 3 * 8 * 4
 
 
 def test_overloads_and_in_place_forms_find_their_formula():

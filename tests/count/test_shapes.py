@@ -15,6 +15,8 @@ def meta(*shape, dtype=torch.float32):
 
 X = meta(2, 4, 8, 8)
 LAST = X.to(memory_format=torch.channels_last)
+ROWS, DY = meta(2, 4, 8, 1), meta(2, 6, 8, 8)
+CONV = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 CASES = [
     (aten.mm.default, (meta(3, 4), meta(4, 5))),
     (aten.mm.default, (meta(4, 3).T, meta(5, 4).T)),
@@ -50,11 +52,32 @@ CASES = [
     (aten.sum.dim_IntList, (X, [1])),
     (aten.cat.default, ([X, X[:1].clone()],)),
     (aten.cat.default, ([meta(2, 3), meta(2, 5)], 1)),
-]
+    (aten.mul.Tensor, (X.transpose(1, 2), meta(2, 1, 1, 8))),
+    (aten.threshold_backward.default, (X, X, 0)),
+    (aten.gelu_backward.default, (LAST, LAST)),
+    (aten.silu_backward.default, (X, X)),
+    (aten.tanh_backward.default, (X, X)),
+    (aten.softplus_backward.default, (X, X, 1, 20)),
+    (aten.leaky_relu_backward.default, (X, X, 0.1, False)),
+    (aten._softmax_backward_data.default, (X, X, -1, torch.float32)),
+    (aten._log_softmax_backward_data.default, (X, X, -1, torch.float32)),
+    (aten.mul.Scalar, (X, 2.0)),
+    (aten.div.Scalar, (LAST, 2)),
+    (aten.native_layer_norm_backward.default, (X, X, [8], ROWS, ROWS, meta(8), meta(8), [True] * 3)),
+    (aten.native_layer_norm_backward.default, (X, X, [8], ROWS, ROWS, meta(8), None, [False, True, False])),
+    (aten.native_batch_norm_backward.default, (X, X, *[meta(4)] * 5, True, 1e-5, [True] * 3)),
+    (aten.native_group_norm.default, (X, meta(4), meta(4), 2, 4, 64, 2, 1e-5)),
+    (aten.native_group_norm_backward.default, (X, X, meta(2, 2), meta(2, 2), meta(4), 2, 4, 64, 2, [True] * 3)),
+    (aten.max_pool2d_with_indices_backward.default,
+     (meta(2, 4, 4, 4), X, [2, 2], [2, 2], [0, 0], [1, 1], False, meta(2, 4, 4, 4, dtype=torch.int64))),
+    (aten.convolution_backward.default, (DY, X, meta(6, 4, 3, 3), [6], *CONV, [True, True, True])),
+    (aten.convolution_backward.default, (DY, X, meta(6, 4, 3, 3), [6], *CONV, [False, True, False])),
+]  # fmt: skip
 
 
 def facts(out):
-    return [(tuple(t.shape), t.dtype, t.stride()) for t in (out if isinstance(out, tuple) else (out,))]
+    made = out if isinstance(out, tuple) else (out,)
+    return [t is not None and (tuple(t.shape), t.dtype, t.stride()) for t in made]
 
 
 @pytest.mark.parametrize(("op", "args"), CASES, ids=lambda v: str(v) if not isinstance(v, tuple) else "")

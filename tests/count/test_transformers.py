@@ -110,3 +110,15 @@ def test_llama_405b_is_exact_in_seconds():
     assert ledger.matmul_flops == 2 * s * matrices + layers * 4 * s * s * d
     assert ledger.param_count == matrices + vocab * d + (2 * layers + 1) * d == 405_853_388_800
     assert seconds < 8
+    started = time.perf_counter()
+    ids = torch.zeros(1, 8192, dtype=torch.long)
+    step = count_module(model, {"input_ids": ids, "labels": ids}, phase="train", checkpoint="layers")
+    seconds = time.perf_counter() - started
+    assert step.during("forward").matmul_flops == ledger.matmul_flops
+    assert step.during("backward").matmul_flops == 2 * ledger.matmul_flops
+    # all products but each layer's last one run again, and flash attention's scores once more
+    again = 2 * s * layers * (2 * d * d + 2 * d * kv + 2 * d * ff) + layers * (4 + 2) * s * s * d
+    assert step.during("recompute").matmul_flops == again
+    assert step.state_bytes == 3 * ledger.param_bytes
+    assert step.coverage == 1.0
+    assert seconds < 15

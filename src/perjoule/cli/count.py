@@ -1,54 +1,153 @@
-"""`perjoule count`: what one forward pass of a workload needs, module by module, without running the weights."""
+"""`perjoule count`: what a network needs, module by module, without running or reading its weights."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
 
 import typer
 
-from perjoule.cli.face import JsonFlag, emit
+from perjoule.cli.face import JsonFlag, emit, say
 from perjoule.core.codec import to_json
-from perjoule.core.errors import BadInput, MissingExtra, UnknownName
+from perjoule.core.device import Device
+from perjoule.core.errors import BadInput, UnknownName
 from perjoule.core.ledger import Ledger
-from perjoule.core.units import figure, percent, size
-from perjoule.core.workload import Workload, load
-from perjoule.count.outline import Line, outline
+from perjoule.core.workload import Phase
 
-WIDE = 96
-"""Columns from which on the tree has room for bars."""
-FITS = 40
-"""Lines of the tree that fit a screen."""
-SMALL = 0.001
-"""Operators below this share of both FLOPs and bytes are summed up in one row."""
+if TYPE_CHECKING:
+    from perjoule.report.bounds import By, Roofline
+
+THIS = "this"
+"""The machine that the command runs on, as a name of a device."""
+T = TypeVar("T")
 
 
 def count(
-    workload: Annotated[str, typer.Argument(help="path.py, path.py:function or module:function.", metavar="WORKLOAD")],
-    batch: Annotated[str, typer.Option("--batch", metavar="LABEL", help="Count this request of the workload.")] = "",
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="path.py[:function], module:function, a folder with config.json, config.json, .onnx or .pt2.",
+            metavar="MODEL",
+        ),
+    ],
+    batch: Annotated[
+        str, typer.Option("--batch", metavar="N|LABEL", help="Examples at once; of a workload: the name of a request.")
+    ] = "",
+    context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens of a sequence, or in the cache.")] = 0,
+    phase: Annotated[
+        str, typer.Option("--phase", metavar="PHASE", help="forward (default), train, prefill or decode.")
+    ] = "",
+    optimizer: Annotated[str, typer.Option("--optimizer", metavar="NAME", help="Of a training step.")] = "adamw",
+    checkpoint: Annotated[
+        str,
+        typer.Option("--checkpoint", metavar="PATTERN", help="Modules to recompute in training; layers: all blocks."),
+    ] = "",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="TYPE", help="Of a configuration's weights: bfloat16 ...")
+    ] = "",
+    shape: Annotated[
+        list[str] | None, typer.Option("--shape", metavar="NAME=1x3x224x224", help="Shape of an input; repeatable.")
+    ] = None,
+    by: Annotated[str, typer.Option("--by", metavar="GROUP", help="One line per operator, module or layer.")] = "",
     depth: Annotated[int, typer.Option("--depth", min=-1, help="Levels of modules to show; -1: what fits.")] = -1,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", metavar="NAME", help="Roofline on this device; repeatable. this: this machine."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with tree and plots.")
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Rows on standard output, units in the column names.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Count parameters, FLOPs and bytes per module and operator, without running the model's weights."""
-    chosen = load(workload)
-    ledger = _counted(chosen, batch)
+    """Count parameters, FLOPs, bytes and memory per module and operator, without running the model's weights."""
+    from perjoule.report.bounds import GROUPINGS
+
+    if as_json and as_csv:
+        raise BadInput("--json and --csv both want standard output; give one of them")
+    grouped: By | None = _one_of("group", by, GROUPINGS) if by else None
+    chosen = _one_of("phase", phase, get_args(Phase)) if phase else None
+    devices = [found(name) for name in device or ()]
+    ledger = _counted(model, batch, context, chosen, optimizer, checkpoint, dtype, shape or [])
+    rooflines = _rooflines(ledger, devices, grouped)
+    if html is not None:
+        _page(ledger, devices, grouped, html)
+    if as_csv:
+        from perjoule.report import rows
+
+        sys.stdout.write(rows.as_csv(rows.rows(ledger, grouped, devices)))
+        return
+    emit(_document(ledger, rooflines, grouped), as_json, lambda out: _show(out, ledger, rooflines, grouped, depth))
+
+
+def found(name: str) -> Device:
+    """A device by name: of the catalogue, or this machine, probed."""
+    if name == THIS:
+        from perjoule.devices.probe import this_machine
+
+        return this_machine()
+    from perjoule.devices.catalogue import device
+
+    return device(name)
+
+
+def _one_of(kind: str, given: str, known: tuple[T, ...]) -> T:
+    for value in known:
+        if value == given:
+            return value
+    raise UnknownName.of(kind, given, map(str, known))
+
+
+def _counted(
+    model: str, batch: str, context: int, phase: Phase | None, optimizer: str, checkpoint: str, dtype: str,
+    shape: list[str],
+) -> Ledger:  # fmt: skip
+    from perjoule.doors.ask import Ask, shapes
+    from perjoule.doors.open import open_model
+
+    ask = Ask(
+        batch=batch, context=context, phase=phase, optimizer=optimizer, checkpoint=checkpoint, dtype=dtype,
+        shapes=shapes(shape),
+    )  # fmt: skip
+    return open_model(model).count(ask)
+
+
+def _rooflines(ledger: Ledger, devices: list[Device], by: By | None) -> list[Roofline]:
+    from perjoule.report.bounds import roofline
+
+    return [roofline(ledger, device, by or "layer") for device in devices]
+
+
+def _document(ledger: Ledger, rooflines: list[Roofline], by: By | None) -> dict[str, Any]:
+    from perjoule.report.rows import rows
+
     document = {**to_json(ledger), **totals(ledger)}
-    emit(document, as_json, lambda console: show(console, ledger, depth))
-
-
-def _counted(workload: Workload, label: str) -> Ledger:
-    try:
-        from perjoule.count.counter import count as count_workload
-    except ModuleNotFoundError as error:
-        if error.name == "torch":
-            raise MissingExtra.of("torch", "models") from error
-        raise
-    if not label:
-        return count_workload(workload)
-    if not workload.requests:
-        raise BadInput(f"--batch {label}: workload {workload.name} names no requests; leave --batch out")
-    if label not in workload.requests:
-        raise UnknownName.of("request", label, workload.requests)
-    return count_workload(workload, batch=workload.requests[label])
+    if by:
+        document[f"by_{by}"] = rows(ledger, by)
+    if rooflines:
+        document["rooflines"] = [
+            {
+                "device": r.device.name,
+                "floor_s": r.whole.floor_s,
+                "bound": r.whole.by,
+                "best_flops_s": r.whole.best_flops_s,
+                "bandwidth_bytes_s": to_json(r.device.bandwidth_bytes_s),
+                "peak_flops": to_json(r.peaks),
+                "ridge_flops_per_byte": {dtype: r.ridge(dtype) for dtype in r.peaks},
+                "computed_as": r.stand_ins,
+                "groups": [
+                    {
+                        "name": b.name, "flops": b.flops, "moved_bytes": b.moved_bytes, "floor_s": b.floor_s,
+                        "share": b.share, "bound": b.by, "flops_per_byte": b.intensity,
+                        "best_flops_s": b.best_flops_s,
+                    }
+                    for b in r.bounds
+                ],
+            }
+            for r in rooflines
+        ]  # fmt: skip
+    return document
 
 
 def totals(ledger: Ledger) -> dict[str, Any]:
@@ -56,162 +155,29 @@ def totals(ledger: Ledger) -> dict[str, Any]:
     return {
         "flops": ledger.flops,
         "matmul_flops": ledger.matmul_flops,
+        "matmul_macs": ledger.matmul_flops // 2,
+        "dense_matmul_flops": ledger.dense_flops,
         "moved_bytes": ledger.moved_bytes,
+        "saved_bytes": ledger.saved_bytes,
         "param_count": ledger.param_count,
+        "active_param_count": ledger.active_param_count,
         "param_bytes": ledger.param_bytes,
         "coverage": ledger.coverage,
+        "flops_by_pass": {name: e.flops for name, e in ledger.by_pass().items()},
+        "flops_by_dtype": ledger.flops_by_dtype(),
     }
 
 
-def show(console: Any, ledger: Ledger, depth: int) -> None:
-    """Tree, operators, totals, and what was not counted."""
-    from rich.text import Text
+def _page(ledger: Ledger, devices: list[Device], by: By | None, place: Path) -> None:
+    from perjoule.report.count_page import write
 
-    title = Text.assemble((ledger.name, "bold"), ("  one forward pass of ", "dim"), ledger.batch or "no tensors")
-    console.print(title)
-    console.print()
-    console.print(_tree(ledger, depth, bars=console.width >= WIDE))
-    console.print()
-    console.print(_operators(ledger))
-    console.print()
-    console.print(_summary(ledger))
-    _coverage(console, ledger)
-    for note in ledger.notes:
-        console.print(Text.assemble(("note  ", "yellow"), note))
+    write(ledger, devices, place, by=by or "layer")
+    say(f"wrote {place}")
 
 
-def _table(*first: str) -> Any:
-    from rich.table import Table
+def _show(out: Any, ledger: Ledger, rooflines: list[Roofline], by: By | None, depth: int) -> None:
+    from perjoule.cli import bounds, counted
 
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in first:
-        table.add_column(heading, overflow="fold")
-    return table
-
-
-def _tree(ledger: Ledger, depth: int, *, bars: bool) -> Any:
-    table = _table("module")
-    for heading in ("parameters", "FLOPs", "share", *([""] if bars else []), "bytes moved", "FLOP/B"):
-        table.add_column(heading, justify="left" if heading == "" else "right", no_wrap=True)
-    whole = outline(ledger)
-    total = max(1, whole.flops)
-    levels = depth if depth >= 0 else _fitting(whole)
-
-    def add(line: Line, guide: str, below: str, level: int) -> None:
-        share = line.flops / total
-        table.add_row(
-            _label(line, guide),
-            figure(line.param_count) if line.param_count else "",
-            figure(line.flops) if line.flops else "–",
-            percent(share),
-            *([_bar(share)] if bars else []),
-            size(line.moved_bytes),
-            _intensity(line.flops, line.moved_bytes),
-            style="dim" if line.own else "bold" if level == 0 else "",
-        )
-        if level >= levels:
-            return
-        for index, child in enumerate(line.children):
-            last = index == len(line.children) - 1
-            add(child, below + ("└─ " if last else "├─ "), below + ("   " if last else "│  "), level + 1)
-
-    add(whole, "", "", 0)
-    return table
-
-
-def _fitting(whole: Line) -> int:
-    """The most levels whose lines fit a screen; at least one."""
-    levels, row, shown = 0, [whole], 1
-    while row := [child for line in row for child in line.children]:
-        shown += len(row)
-        if levels and shown > FITS:
-            break
-        levels += 1
-    return levels
-
-
-def _label(line: Line, guide: str) -> Any:
-    from rich.text import Text
-
-    text = Text(guide, style="dim", no_wrap=True, overflow="ellipsis")
-    text.append(f"({line.label})" if line.own else line.label, style="italic" if line.own else "not dim")
-    if line.repeat > 1:
-        text.append(f" ×{line.repeat}", style="cyan not dim")
-    if line.kind and line.kind != line.label.rpartition(".")[2]:
-        text.append(f" {line.kind}", style="dim")
-    return text
-
-
-def _bar(share: float, width: int = 8) -> str:
-    """A bar in eighths of a character."""
-    eighths = round(share * width * 8)
-    full, part = divmod(eighths, 8)
-    return "█" * full + (" ▏▎▍▌▋▊▉"[part] if part else "")
-
-
-def _intensity(flops: int, nbytes: int) -> str:
-    return f"{flops / nbytes:.1f}" if nbytes else "–"
-
-
-def _operators(ledger: Ledger) -> Any:
-    table = _table("operator")
-    for heading in ("calls", "matmul FLOPs", "other FLOPs", "bytes moved", "FLOP/B"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    found = sorted(ledger.by_operator().values(), key=lambda e: (e.flops, e.moved_bytes), reverse=True)
-    flops, moved = max(1, ledger.flops), max(1, ledger.moved_bytes)
-    large = [e for e in found if e.flops >= SMALL * flops or e.moved_bytes >= SMALL * moved]
-    small = [e for e in found if e not in large]
-    for e in large if len(small) > 1 else found:
-        table.add_row(
-            e.operator,
-            f"{e.calls}",
-            figure(e.matmul_flops) if e.matmul_flops else "–",
-            figure(e.other_flops) if e.other_flops else "–",
-            size(e.moved_bytes),
-            _intensity(e.flops, e.moved_bytes),
-        )
-    if len(small) > 1:
-        other, bytes_, calls = (
-            sum(e.flops for e in small),
-            sum(e.moved_bytes for e in small),
-            sum(e.calls for e in small),
-        )
-        label = f"{len(small)} smaller"
-        table.add_row(label, f"{calls}", "–", figure(other), size(bytes_), _intensity(other, bytes_), style="dim")
-    return table
-
-
-def _summary(ledger: Ledger) -> Any:
-    table = _table("")
-    table.show_header = False
-    table.add_column("", justify="left")
-    matmul = percent(ledger.matmul_flops / ledger.flops) if ledger.flops else "–"
-    rows = {
-        "parameters": f"{figure(ledger.param_count)} ({ledger.param_count:,}), {size(ledger.param_bytes)}",
-        "work": f"{figure(ledger.flops, 'FLOP')}, {matmul} of it in matrix products and convolutions",
-        "traffic": f"{size(ledger.moved_bytes)} if nothing stays in cache, "
-        f"{_intensity(ledger.flops, ledger.moved_bytes)} FLOP per byte",
-    }
-    for name, value in rows.items():
-        table.add_row(name, value, style="bold" if name == "work" else "")
-    return table
-
-
-def _coverage(console: Any, ledger: Ledger) -> None:
-    from rich.text import Text
-
-    missed = sum(u.calls for u in ledger.uncounted)
-    counted = sum(e.calls for e in ledger.entries)
-    style = "green" if not missed else "red"
-    shown = percent(ledger.coverage) if not missed else percent(min(ledger.coverage, 0.999))
-    line = Text.assemble(
-        "coverage    ", (shown, style), f"  {counted} of {counted + missed} operator calls have a formula"
-    )
-    console.print(line)
-    if not missed:
-        return
-    console.print(Text("NOT counted, so the totals above are too low:", style="bold red"))
-    table = _table("operator", "module", "calls", "why")
-    for u in ledger.uncounted:
-        table.add_row(u.operator, u.module or "(root)", f"{u.calls}", u.reason)
-    console.print(table)
+    counted.show(out, ledger, by, depth)
+    for roofline in rooflines:
+        bounds.show(out, ledger, roofline)

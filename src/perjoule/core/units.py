@@ -124,6 +124,11 @@ def parse_fraction(text: str, what: str) -> float:
     return number / 100 if unit == "%" else number
 
 
+def amount(value: float) -> str:
+    """A count for people, as the field says it: 15e12 -> "15.0 T", 3e8 -> "300 M", 2e9 -> "2.00 B"."""
+    return figure(value).replace("G", "B")
+
+
 def parse_amount(text: str, what: str) -> float:
     """A count from "2T", "1.28M", "1.5e9" or "300": k, M, B (or G) and T are powers of a thousand."""
     number, unit = _number_and_unit(text.replace("_", "").replace(",", ""), what, "an amount such as 300B or 1.28M")

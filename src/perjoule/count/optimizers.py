@@ -1,4 +1,4 @@
-"""What one optimizer step needs, by name: state kept beside the weights, FLOPs, and traffic of a fused kernel. No torch.
+"""What one optimizer step needs, by name: state beside the weights, FLOPs, and traffic of a fused kernel. No torch.
 
 Per element of a weight p with gradient g, steps counted as in formulas/elementwise.py (weight decay where the method
 is defined with it):

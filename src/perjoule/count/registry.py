@@ -8,6 +8,9 @@ Two layers, because one is not enough:
   them. Attention and recurrent layers run as one fused operator on a CPU and as a hundred small ones on another
   device; priced here, the count is the same everywhere.
 
+Backward passes need no second registry: autograd turns them into operators, which have formulas like any other.
+Only a composite, which autograd never sees inside, needs its `@backward` beside it.
+
 The bytes of a call are, unless its formula says otherwise, the sizes of its distinct operand and result
 elements: every operator reads its inputs from memory and writes its result there, as if nothing were cached.
 An expanded (stride 0) dimension is read once.
@@ -17,11 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from perjoule.core.ledger import Pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +41,11 @@ class Cost:
     operator: str = ""
     """Name to show, where one formula serves several operations (conv1d, conv2d ...)."""
     dense_flops: int = 0
-    """For sparse operands: `matmul_flops` if every element were stored. 0: the operands are dense."""
+    """`matmul_flops` if every element of a sparse operand were stored and all experts ran. 0: the same."""
+    dtype: str = ""
+    """Of the arithmetic, where it is not that of the first floating operand: "int8" ..."""
+    during: Pass | None = None
+    """Where one call works in two passes: a fused attention kernel recomputes its scores on the way back."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +61,13 @@ class Call:
         """An argument, however it was passed."""
         return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
 
-    @property
+    @cached_property
     def inputs(self) -> list[Tensor]:
         """Tensors the operator reads; `out=` is written, not read."""
         read = {k: v for k, v in self.kwargs.items() if k != "out"}
         return list(tensors((self.args, read)))
 
-    @property
+    @cached_property
     def outputs(self) -> list[Tensor]:
         return list(tensors(self.out))
 
@@ -67,7 +77,15 @@ class Call:
         return any(t.is_floating_point() or t.is_complex() for t in (*self.inputs, *self.outputs))
 
     def cost(
-        self, *, matmul: int = 0, other: int = 0, read: int | None = None, write: int | None = None, operator: str = ""
+        self,
+        *,
+        matmul: int = 0,
+        other: int = 0,
+        read: int | None = None,
+        write: int | None = None,
+        operator: str = "",
+        dtype: str = "",
+        during: Pass | None = None,
     ) -> Cost:
         """A Cost whose bytes are those of all operands and results unless given."""
         return Cost(
@@ -76,10 +94,26 @@ class Call:
             read_bytes=sum(map(nbytes, self.inputs)) if read is None else read,
             write_bytes=sum(map(nbytes, self.outputs)) if write is None else write,
             operator=operator,
+            dtype=dtype,
+            during=during,
         )
 
 
+@dataclass(frozen=True)
+class Way:
+    """The way back through one call of a composite: what it costs, and what the forward pass keeps for it."""
+
+    costs: tuple[Cost, ...]
+    keeps: tuple[Tensor, ...] = ()
+    """Operands and results kept as they are."""
+    extra_bytes: int = 0
+    """What is kept beside them: statistics, masks, gates."""
+    keeps_result: bool = False
+
+
 Formula = Callable[[Call], Cost]
+Backward = Callable[[Call, Callable[[Any], bool]], Way]
+"""From a finished call, and a question "does this operand need a gradient?", to the way back."""
 Result = Callable[[Call], Any]
 """The result of a call as meta tensors, without running it; None: torch knows how."""
 F = TypeVar("F", bound=Callable[..., Any])
@@ -87,6 +121,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 FORMULAS: dict[Any, Formula] = {}
 SPARSE: dict[Any, Formula] = {}
 COMPOSITES: dict[Any, Formula] = {}
+BACKWARDS: dict[Any, Backward] = {}
+WHEN: dict[Any, Callable[[Call], bool]] = {}
 RESULTS: dict[Any, Result] = {}
 
 
@@ -100,9 +136,19 @@ def sparse_formula(*ops: Any) -> Callable[[F], F]:
     return _registrar(SPARSE, ops)
 
 
-def composite(*functions: Any) -> Callable[[F], F]:
-    """Register the decorated function as the price of torch-level `functions`; each needs a `result` too."""
+def composite(*functions: Any, when: Callable[[Call], bool] | None = None) -> Callable[[F], F]:
+    """Register the decorated function as the price of torch-level `functions`; each needs a `result` too.
+
+    `when` says which calls it speaks for; the others are taken apart by torch as usual.
+    """
+    if when is not None:
+        WHEN.update(dict.fromkeys(functions, when))
     return _registrar(COMPOSITES, functions)
+
+
+def backward(*functions: Any) -> Callable[[F], F]:
+    """Register the way back through composite `functions`."""
+    return _registrar(BACKWARDS, functions)
 
 
 def result(*ops: Any) -> Callable[[F], F]:

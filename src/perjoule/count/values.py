@@ -68,13 +68,17 @@ def _storage(t: Tensor) -> int:
 class Values:
     """The bookkeeping of one run."""
 
-    def __init__(self, *, real: bool, parameters: Iterable[Tensor] = ()) -> None:
+    def __init__(self, *, real: bool, parameters: Iterable[Tensor] = (), floats: bool = True) -> None:
         self.real = real
+        self._floats = floats
+        """Do floating tensors that the model makes keep their values? Not where unknown ones are written into them."""
         self._parameters = {_storage(p) for p in parameters if not is_opaque(p)} if real else set()
         self._owned: set[int] = set()
         self._tainted: dict[int, Tensor] = {}
         self._copies: dict[int, Any] = {}
         self._twins: dict[tuple[Any, ...], Tensor] = {}
+        self.stand_in: Callable[[Tensor, Tensor], None] = lambda stand_in, original: None
+        """Told of every tensor made to stand for one that the model brought with it."""
         self._alive: list[Tensor] = []  # a storage's address is its identity, so what was seen must not be freed
 
     def adopt(self, out: Any) -> None:
@@ -136,6 +140,7 @@ class Values:
         if place not in self._twins:
             self._alive.append(t)
             self._twins[place] = _meta_like(t)
+            self.stand_in(self._twins[place], t)
         return self._twins[place]
 
     def _safe(self, t: Tensor, written: bool) -> Tensor:
@@ -156,10 +161,13 @@ class Values:
         view = torch.empty(0, dtype=t.dtype, device=t.device if self.real else _CPU)
         view = view.set_(copy, t.storage_offset(), tuple(t.shape), t.stride())
         self.adopt(view)
+        self.stand_in(view, t)
         return view
 
     def _placed(self, op: Any, args: Any, kwargs: Any, shapeless: bool) -> Any:
         """Keep unknown values on meta and known values off it, whatever device the model asked for."""
+        if not (self._floats or shapeless) and _makes_floats(op, args, kwargs):
+            return {**kwargs, "device": _META}
         if kwargs.get("device") is None:
             return kwargs
         if shapeless:
@@ -167,6 +175,22 @@ class Values:
         unfilled = getattr(op, "overloadpacket", None) in _UNINITIALISED and torch.device(kwargs["device"]) == _META
         huge = bool(args) and isinstance(args[0], list | tuple) and _product(args[0]) > KEEP_ELEMENTS
         return {**kwargs, "device": _META if unfilled or huge else _CPU}
+
+
+_FLOATS = frozenset(
+    getattr(torch.ops.aten, n) for n in ("zeros", "ones", "empty", "rand", "randn", "linspace", "eye", "empty_strided")
+)
+
+
+def _makes_floats(op: Any, args: Any, kwargs: Any) -> bool:
+    """A factory of floating-point tensors?"""
+    if any(True for _ in _tensors(args)) or "device" not in {a.name for a in op._schema.arguments}:
+        return False
+    dtype = kwargs.get("dtype")
+    if dtype is not None:
+        return bool(dtype.is_floating_point)
+    filled = getattr(op, "__name__", "").startswith("full") and isinstance(args[1], float)
+    return filled or op.overloadpacket in _FLOATS
 
 
 def _product(sizes: Iterable[Any]) -> int:

@@ -247,8 +247,7 @@ def of_size(params: float, *, name: str = "", vocab: int = 50_000) -> Architectu
     """A typical dense decoder of about `params` parameters, for plans that know nothing but a size.
 
     Head size 128, and layers that grow as published decoders' do: hidden/layers about 38 at 100 M and 128 at 70 B
-    (log-linear between GPT-3 Small and LLaMA-65B). The stated size is kept by the caller: shapes from here only
-    decide how the work splits into products.
+    (log-linear between GPT-3 Small and LLaMA-65B). What is left of the stated size is `extra`.
     """
     if not params > 0:
         raise BadInput(f"{params:g} parameters; give a positive number, as in 7B")
@@ -267,6 +266,7 @@ def of_size(params: float, *, name: str = "", vocab: int = 50_000) -> Architectu
     assert best is not None
     _, layers, hidden = best
     width = 128 if hidden % 128 == 0 else 64
-    return Architecture(
+    shape = Architecture(
         name=name or "a dense decoder", layers=layers, hidden=hidden, heads=hidden // width, vocab=vocab, tied=True
     )
+    return replace(shape, extra=round(params) - shape.params)

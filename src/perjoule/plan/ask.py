@@ -34,9 +34,9 @@ def plan(
     *,
     device: Device | str,
     devices: int = 0,
-    tokens: float = 0.0,
-    samples: float = 0.0,
-    requests_s: float = 0.0,
+    tokens: float | None = None,
+    samples: float | None = None,
+    requests_s: float | None = None,
     within_s: float = 0.0,
     seq: int = 4096,
     batch: int = 0,
@@ -76,8 +76,9 @@ def plan(
     rent = Estimate.exact(positive(usd_per_device_hour, "rent per device-hour", "2.50"), "given", "assumed") if (
         usd_per_device_hour
     ) else None  # fmt: skip
-    wanted: Goal = goal(best or ("money" if requests_s else "time"))
-    asked = [name for name, value in (("tokens", tokens), ("samples", samples), ("requests_s", requests_s)) if value]
+    wanted: Goal = goal(best or ("time" if requests_s is None else "money"))
+    amounts = {"tokens": tokens, "samples": samples, "requests_s": requests_s}
+    asked = [name for name, value in amounts.items() if value is not None]
     if isinstance(model, Ledger):
         return _counted(model, chip, where, devices, samples, requests_s, rent, asked)
     shape = architecture(model) if isinstance(model, str) else model
@@ -85,7 +86,7 @@ def plan(
         raise BadInput(
             f"given {' and '.join(asked) or 'no amount of work'}; give tokens to train on, or requests_s to serve"
         )
-    if requests_s:
+    if requests_s is not None:
         service = Serving(
             model=shape,
             requests_s=requests_s,
@@ -105,7 +106,7 @@ def plan(
         return replace(chosen, shrunk=small)
     return _training(
         shape, chip, where, devices, within_s, rent, wanted, layout, shrunk,
-        tokens=tokens, seq=seq, batch=batch, policy=policy, optimizer=optimizer, trainable=trainable,
+        tokens=tokens or 0.0, seq=seq, batch=batch, policy=policy, optimizer=optimizer, trainable=trainable,
     )  # fmt: skip
 
 
@@ -169,8 +170,8 @@ def _counted(
     chip: Device,
     where: Place,
     devices: int,
-    samples: float,
-    requests_s: float,
+    samples: float | None,
+    requests_s: float | None,
     rent: Estimate | None,
     asked: list[str],
 ) -> Plan:
@@ -179,7 +180,9 @@ def _counted(
             f"given {' and '.join(asked) or 'no amount of work'} for a counted model; give samples to train on, or "
             "requests_s to serve"
         )
-    job = Counted(ledger=ledger, examples=examples(ledger), samples=samples or requests_s, serving=bool(requests_s))
+    serving = requests_s is not None
+    amount = (requests_s if serving else samples) or 0.0
+    job = Counted(ledger=ledger, examples=examples(ledger), samples=amount, serving=serving)
     return plan_counted(job, chip, where, devices=devices or 1, usd_per_device_hour=rent)
 
 

@@ -148,32 +148,24 @@ def _options(job: Serving, device: Device, tensor: int, batch: int) -> list[Shee
             f"tensor {tensor}: {job.model.heads} heads and a node of {device.node} allow "
             f"{', '.join(str(t) for t in divisors(device.node) if job.model.heads % t == 0)}"
         )
-    found, reasons = [], []
+    found: list[Sheet] = []
+    misses: list[tuple[bool, float, str]] = []  # no room at all is farther away than any goal
     for t in sizes:
         for b in [batch] if batch else BATCHES:
             sheet = replica(job, device, t, b)
-            if sheet["M_need"] > capacity:
-                reasons.append(
-                    (sheet["M_need"] / capacity, f"{t} devices need {size(sheet['M_need'])} each of {size(capacity)}")
-                )
-            elif job.token_s and sheet["t_tok"] > job.token_s:
-                reasons.append(
-                    (
-                        sheet["t_tok"] / job.token_s,
-                        f"{t} devices take {duration(sheet['t_tok'])} per token of {duration(job.token_s)}",
-                    )
-                )
-            elif job.first_s and sheet["t_first"] > job.first_s:
-                reasons.append(
-                    (
-                        sheet["t_first"] / job.first_s,
-                        f"{t} devices take {duration(sheet['t_first'])} to the first token of {duration(job.first_s)}",
-                    )
-                )
+            need, token, first = sheet["M_need"], sheet["t_tok"], sheet["t_first"]
+            if need > capacity:
+                misses.append((True, need / capacity, f"{t} devices need {size(need)} each of {size(capacity)}"))
+            elif job.token_s and token > job.token_s:
+                text = f"{t} devices take {duration(token)} per token, not {duration(job.token_s)}"
+                misses.append((False, token / job.token_s, text))
+            elif job.first_s and first > job.first_s:
+                text = f"{t} devices take {duration(first)} to the first token, not {duration(job.first_s)}"
+                misses.append((False, first / job.first_s, text))
             else:
                 found.append(sheet)
     if not found:
-        nearest = min(reasons)[1]
+        nearest = min(misses)[2]
         raise CannotFit(
             f"{job.model.name} in {job.precision} cannot be served so on {device.name}: at the nearest, {nearest}; "
             "take a faster device or a larger memory, fewer bits, a shorter prompt, or a looser goal"
@@ -189,15 +181,8 @@ def _cost(job: Serving, device: Device, sheet: Sheet, goal: Goal) -> float:
     count = _replicas(job, sheet) * sheet["t"]
     if goal == "time":
         return sheet["t_tok"] + 1e-9 * count
-    watts = _watts(_copy(sheet), device, job)
+    watts = _watts(sheet.copy(), device, job)
     return count * (watts[0].value + watts[1].value if goal == "energy" else 1.0) + 1e-6 * sheet["t_tok"]
-
-
-def _copy(sheet: Sheet) -> Sheet:
-    copy = Sheet()
-    for line in sheet:
-        copy.given(line.symbol, line.value, line.unit, line.meaning)
-    return copy
 
 
 def _watts(sheet: Sheet, device: Device, job: Serving) -> tuple[Estimate, Estimate]:

@@ -79,6 +79,12 @@ class Sheet:
         self._values[line.symbol] = line.value
         return line.value
 
+    def copy(self) -> Sheet:
+        """The same lines; what is added to the copy is not added here."""
+        twin = Sheet()
+        twin._lines, twin._values = dict(self._lines), dict(self._values)
+        return twin
+
     def __getitem__(self, symbol: str) -> float:
         return self._values[symbol]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from perjoule.core.device import Device
 from perjoule.core.errors import BadInput, CannotFit
 from perjoule.core.reading import Estimate, Reading
-from perjoule.core.units import figure, size
+from perjoule.core.units import amount, size
 from perjoule.plan import memory, power, step, work
 from perjoule.plan.job import POLICIES, Goal, Training
 from perjoule.plan.layout import Layout, every
@@ -116,7 +116,7 @@ def search(job: Training, cluster: Cluster, goal: Goal = "time") -> list[tuple[f
         if least is None or need < least[0]:
             least = (need, layout)
         if need <= capacity:
-            found.append((_cost(sheet, job, cluster, goal), layout, sheet))
+            found.append((_cost(sheet, layout, cluster, goal), layout, sheet))
     if found:
         return sorted(found, key=lambda f: f[0])
     if least is None:
@@ -147,20 +147,22 @@ def _capacity(device: Device) -> float:
     return device.memory_bytes.value
 
 
-def _cost(sheet: Sheet, job: Training, cluster: Cluster, goal: Goal) -> float:
+def _cost(sheet: Sheet, layout: Layout, cluster: Cluster, goal: Goal) -> float:
     if goal != "energy":
         return sheet["t_step"]  # money is time here: the devices are given
-    extra = Sheet()
-    for line in sheet:
-        extra.given(line.symbol, line.value, line.unit, line.meaning)
-    extra.given("x_p", PRACTICE.value, "1", "")
-    own, host = power.watts(extra, cluster.device, *_utilisations(job))
+    own, host = _watts(sheet.copy(), layout, cluster.device, PRACTICE)
     return sheet["t_step"] * (own.value + host.value)
 
 
-def _utilisations(job: Training) -> tuple[str, str]:
-    """Formulas of the compute and memory utilisation over a step as it goes in practice."""
-    return (
+def _watts(sheet: Sheet, layout: Layout, device: Device, practice: Estimate) -> tuple[Estimate, Estimate]:
+    """Lines for the utilisations over a step as it goes in practice; device and host watts."""
+    full = layout.recompute == "full"
+    sheet.line("F_hw", "F_step * (2 + k_b) / (1 + k_b)" if full else "F_step", "FLOP",
+               "FLOPs run in one step, recomputation included")  # fmt: skip
+    sheet.given("x_p", practice.value, "1", "reached speed over the best case", practice.source)
+    return power.watts(
+        sheet,
+        device,
         "F_hw / (t_step / x_p * n * peak)",
         "(L_p * m * ((1 + k_b) * a * (W_all / t / ep + T * i_o) + M_f + M_b) + q_o * P_o) / (t_step / x_p * bw)",
     )
@@ -175,14 +177,11 @@ def _plan(
 ) -> Plan:
     device, place = cluster.device, cluster.place
     sheet = arithmetic(job, device, layout)
-    sheet.line("F_hw", "F_step * (2 + k_b) / (1 + k_b)" if layout.recompute == "full" else "F_step", "FLOP",
-               "FLOPs run in one step, recomputation included")  # fmt: skip
-    sheet.given("x_p", practice.value, "1", "reached speed over the best case", practice.source)
+    own, host = _watts(sheet, layout, device, practice)
     sheet.line("t_all", "steps * t_step / x_p", "s", "the whole job")
     sheet.line("mfu_x", "mfu * x_p", "1", "model FLOP utilisation expected")
     sheet.line("hfu_x", "F_hw / (t_step / x_p * n * peak)", "1", "with recomputation: hardware FLOP utilisation")
     sheet.line("R", "C / t_all", "FLOP/s", "needed rate R = C / T")
-    own, host = power.watts(sheet, device, *_utilisations(job))
     step_s = _slowed(sheet["t_step"], practice)
     seconds = step_s.scaled(job.steps)
     joules, parts, carbon = power.energy(sheet, seconds, cluster.count, own, host, place)
@@ -200,7 +199,7 @@ def _plan(
     flops = Estimate.exact(sheet["C"], "counted", "modelled")
     return Plan(
         kind="training",
-        job=f"train {job.model.name} on {figure(job.tokens)} tokens",
+        job=f"train {job.model.name} on {amount(job.tokens)} tokens",
         model=job.model.name,
         device=device.name,
         devices=cluster.count,

@@ -100,14 +100,14 @@ def _by(goal: Goal) -> Callable[[Alternative], float]:
 
 def over_places(plan: Plan, names: Iterable[str] = (), year: int | None = None) -> tuple[Alternative, ...]:
     """The same joules in other places, cleanest first: `names`, or every country and region there is."""
-    chosen = list(names) or [row.name for row in grid.places()]
+    chosen = {name: name for name in names} or {row.code: f"{row.name} ({row.code})" for row in grid.places()}
     kwh = plan.reading.energy_j.value / J_PER_KWH
     found = []
-    for name in chosen:
+    for name, label in chosen.items():
         factor = grid.intensity(name, year)
         found.append(
             Alternative(
-                what=name,
+                what=label,
                 devices=plan.devices,
                 time_s=plan.reading.time_s.value,
                 energy_j=plan.reading.energy_j.value,

@@ -52,8 +52,8 @@ def _path(root: Node, module: str) -> Iterable[Node]:
     return found
 
 
-def cost_tree(ledger: Ledger) -> Markup:
-    """Totals, tree, operators, and what was not counted."""
+def cost_tree(ledger: Ledger, told: str | None = None) -> Markup:
+    """Totals (`told`, where another sentence fits better), tree, operators, and what was not counted."""
     root = tree(ledger)
     if not ledger.entries and not ledger.parameters:
         return el("p", "The ledger is empty: nothing was counted.")
@@ -62,7 +62,7 @@ def cost_tree(ledger: Ledger) -> Markup:
         depth, rows = depth + 1, below
     head = ("Module", "FLOPs", "Params", "Weights", "Moved")
     return Markup(
-        el("p", totals(ledger))
+        el("p", totals(ledger) if told is None else told)
         + el(
             "div",
             el("div", [el("span", h) for h in head], class_="row head", aria_hidden="true"),

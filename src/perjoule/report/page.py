@@ -61,21 +61,10 @@ def write(result: Result, path: Path) -> None:
 
 def render(result: Result) -> str:
     """The page as text."""
-    style, script = _asset("style.css"), _asset("script.js")
+    script = _asset("script.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     document = plot.document(result) | {"layers": layers.document(result)}
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=policy),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("meta", name="generator", content="perjoule"),
-        el("title", f"{result.workload}: perjoule report"),
-        el("link", rel="icon", href=_ICON),
-        el("style", Markup(style)),
-    )
     body = el(
         "body",
         el("a", "Skip to the figures", href="#compare", class_="skip"),
@@ -83,6 +72,22 @@ def render(result: Result) -> str:
         el("div", id="tip", role="tooltip", hidden=True),
         el("script", data(document), type="application/json", id="data"),
         el("script", Markup(script)),
+    )
+    return whole(f"{result.workload}: perjoule report", policy, body)
+
+
+def whole(title: str, policy: str, body: Markup) -> str:
+    """A page from its body: style inlined, nothing loaded but what `policy` allows."""
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", http_equiv="Content-Security-Policy", content=policy),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        el("meta", name="generator", content="perjoule"),
+        el("title", title),
+        el("link", rel="icon", href=_ICON),
+        el("style", Markup(_asset("style.css"))),
     )
     return f"<!DOCTYPE html>\n{el('html', head, body, lang='en')}\n"
 

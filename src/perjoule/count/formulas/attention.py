@@ -6,18 +6,23 @@ Costs follow the *query* heads: grouped-query attention shares keys, not work. C
 full (no discount), as published figures are. Beside the products every score costs 1 for the scale, 5 for the
 softmax and 1 where a mask is added. Bytes are q, k, v, mask and result: a fused kernel never writes the scores.
 
+The way back   dV = Pᵀ dO, dP = dO Vᵀ, dQ = dS K, dK = dSᵀ Q: four products, twice the forward. A fused kernel keeps
+q, k, v, the result and one fp32 log-sum-exp per query, not P, so it makes the scores once more (Dao et al.,
+FlashAttention, arXiv 2205.14135, algorithm 4): that fifth product is counted as `recompute`, not as `backward`.
+
 Shapes   B batch, H query heads, L queries, S keys, E head size, V value head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perjoule.count.registry import Call, Cost, composite, formula, nbytes, packets, result
+from perjoule.count.registry import Call, Cost, Way, backward, composite, formula, nbytes, packets, result
 
 SOFTMAX_PER_SCORE = 5
 """max, subtract, exp, sum, divide."""
@@ -53,15 +58,75 @@ def _sdpa(call: Call) -> Cost:
 
 @result(torch._C._nn.scaled_dot_product_attention)
 def sdpa_result(call: Call) -> Tensor:
-    """(B,H,L,V) over memory laid out (B,L,H,V), as the fused kernels leave it."""
+    """(B,H,L,V) in the memory order of the query, without its gaps, as the fused kernels leave it."""
     q, k, v = (call.arg(i, n) for i, n in enumerate(("query", "key", "value")))
     if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
         raise RuntimeError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     *lead, length, width = *_leading(q, k), q.shape[-2], v.shape[-1]
     if len(lead) != 2:
         return torch.empty((*lead, length, width), dtype=q.dtype, device="meta")
-    batch, heads = lead
-    return torch.empty((batch, length, heads, width), dtype=q.dtype, device="meta").transpose(1, 2)
+    sizes, steps = (*lead, length, width), q.stride()
+    order = sorted(range(4), key=lambda d: (-steps[d], d))
+    made = torch.empty([sizes[d] for d in order], dtype=q.dtype, device="meta")
+    return made.permute([order.index(d) for d in range(4)])
+
+
+SCORES_AGAIN = 3
+"""scale, subtract the log-sum-exp, exp."""
+SOFTMAX_BACK_PER_SCORE = 3
+"""dS = P * (dP - D), scaled: subtract, multiply, multiply. D = rowsum(dO * O): 2 per result element."""
+
+
+def attention_back(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, needs: list[bool]) -> Way:
+    """The way back of one attention call; `needs` a gradient: q, k, v, mask."""
+    needs_q, needs_k, needs_v, needs_mask = needs
+    heads = prod(_leading(q, k))
+    scores = heads * q.shape[-2] * k.shape[-2]
+    through = needs_q or needs_k or needs_mask
+    out = heads * q.shape[-2] * v.shape[-1]
+    statistics = heads * q.shape[-2] * 4
+    operands = [t for t in (q, k, v, mask) if t is not None]
+    other = through * (scores * SOFTMAX_BACK_PER_SCORE + 2 * out) + scores * (2 * (dropout > 0) + needs_mask)
+    back = Cost(
+        matmul_flops=2 * scores * ((needs_q + needs_k) * q.shape[-1] + (needs_v + through) * v.shape[-1]),
+        other_flops=other,
+        read_bytes=sum(map(nbytes, operands)) + 2 * out * q.element_size() + statistics,
+        write_bytes=sum(
+            nbytes(t) for t, needed in zip((q, k, v, mask), needs, strict=True) if needed and t is not None
+        ),
+        operator="sdpa",
+    )
+    again = Cost(
+        matmul_flops=2 * scores * q.shape[-1],
+        other_flops=scores * (SCORES_AGAIN + (mask is not None)),
+        operator="sdpa",
+        during="recompute",
+    )
+    return Way((again, back), keeps=tuple(operands), extra_bytes=statistics, keeps_result=True)
+
+
+@backward(torch._C._nn.scaled_dot_product_attention)
+def _sdpa_way(call: Call, needs: Callable[[Any], bool]) -> Way:
+    q, k, v, mask = (call.arg(i, n) for i, n in enumerate(("query", "key", "value", "attn_mask")))
+    dropout = float(call.arg(4, "dropout_p", 0.0))
+    return attention_back(q, k, v, mask, dropout, [needs(t) for t in (q, k, v, mask)])
+
+
+@formula(
+    *packets(
+        "_scaled_dot_product_flash_attention_backward",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_scaled_dot_product_efficient_attention_backward",
+        "_scaled_dot_product_cudnn_attention_backward",
+        "_scaled_dot_product_fused_attention_overrideable_backward",
+    )
+)
+def sdpa_kernel_back(call: Call) -> Cost:
+    """A device's backward kernel, called by name: all five products in one figure."""
+    q, k, v = call.args[1:4]
+    again, back = attention_back(q, k, v, None, 0.0, [True, True, True, False]).costs
+    flops = back.other_flops + again.other_flops
+    return call.cost(matmul=back.matmul_flops + again.matmul_flops, other=flops, operator="sdpa")
 
 
 @formula(

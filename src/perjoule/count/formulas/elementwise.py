@@ -58,6 +58,7 @@ PER_ELEMENT: dict[str, int] = {
     "smooth_l1_loss": 5,
     "huber_loss": 5,
     "binary_cross_entropy": 6,
+    "binary_cross_entropy_with_logits": 8,  # (1 - t) x, and a log-sigmoid of 5
     "nll_loss_forward": 1,
     "nll_loss2d_forward": 1,
     # logic and bits: work, but not on real numbers

@@ -7,17 +7,22 @@
 A transposed convolution spreads every *input* element over the kernel; pricing it by its output size is
 prod(stride) times too much. Taps that fall on padding count as work, as they do in every published figure.
 
+The way back through a product is one more of the same size for each operand that needs a gradient (Griewank &
+Walther, Evaluating Derivatives, section 4.6).
+
 Shapes   B batch, M rows, K inner, N columns, T tokens, E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from perjoule.count.registry import Call, Cost, composite, formula, nbytes, packets, result
+from perjoule.count.registry import Call, Cost, Way, backward, composite, formula, nbytes, packets, result
 
 aten = torch.ops.aten
 
@@ -38,11 +43,34 @@ def _linear_result(call: Call) -> Tensor:
     return torch.empty((*x.shape[:-1], *w_OI.shape[:-1]), dtype=x.dtype, device="meta")
 
 
-@formula(aten.mm, aten.bmm, aten._int_mm, aten._scaled_mm)
+@backward(torch._C._nn.linear)
+def _linear_way(call: Call, needs: Callable[[Any], bool]) -> Way:
+    """Gradients dX = dY W, dW = dYᵀ X, db = Σ dY: one kernel each, and only those somebody waits for."""
+    x, w_OI, b_O = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
+    dy = nbytes(call.out)
+    products = 2 * (x.numel() // max(1, w_OI.shape[-1])) * w_OI.numel()
+    costs = []
+    if needs(x):
+        costs.append(call.cost(matmul=products, read=dy + nbytes(w_OI), write=nbytes(x)))
+    if needs(w_OI):
+        costs.append(call.cost(matmul=products, read=dy + nbytes(x), write=nbytes(w_OI)))
+    if needs(b_O):
+        costs.append(call.cost(other=call.out.numel(), read=dy, write=nbytes(b_O)))
+    return Way(tuple(costs), keeps=(*([x] if needs(w_OI) else []), *([w_OI] if needs(x) else [])))
+
+
+@formula(aten.mm, aten.bmm)
 def product(call: Call) -> Cost:
     """(…,M,K) x (…,K,N); `bmm` has a leading batch in both."""
     a, b = call.args[0], call.args[1]
     return call.cost(matmul=2 * a.numel() * b.shape[-1])
+
+
+@formula(aten._int_mm, aten._scaled_mm)
+def narrow_product(call: Call) -> Cost:
+    """Products of 8-bit numbers; the result is wider."""
+    a, b = call.args[0], call.args[1]
+    return call.cost(matmul=2 * a.numel() * b.shape[-1], dtype=str(a.dtype).removeprefix("torch."))
 
 
 @formula(aten.addmm, aten.baddbmm, aten._addmm_activation)
@@ -80,11 +108,17 @@ def outer_plus(call: Call) -> Cost:
 @formula(aten._trilinear)
 def bilinear(call: Call) -> Cost:
     """y_bo = Σ_ij x_bi W_oij z_bj: contract i first, 2*B*O*I*J, then j, 2*B*O*J."""
-    x, w_OIJ, z = (t.squeeze() for t in call.args[:3])
-    o, i, j = call.args[1].shape[-3:] if w_OIJ.dim() != 3 else w_OIJ.shape
-    batch = max(x.numel() // i, z.numel() // j)
     read = sum(map(nbytes, call.inputs))
-    return call.cost(matmul=2 * batch * o * j * (i + 1), read=read, operator="bilinear")
+    expanded = []
+    for t, dims in zip(call.args[:3], call.args[3:6], strict=True):
+        for d in dims:
+            t = t.unsqueeze(d)
+        expanded.append(t)
+    terms = prod(map(max, *[t.shape for t in expanded]))
+    w = call.args[1]
+    if w.dim() == 3 and len(call.args[6]) == 2:  # forward: two sums, one after the other
+        return call.cost(matmul=2 * (terms + terms // w.shape[1]), read=read, operator="bilinear")
+    return call.cost(matmul=2 * terms, read=read, operator="bilinear")
 
 
 @formula(aten._grouped_mm)
@@ -92,11 +126,28 @@ def grouped(call: Call) -> Cost:
     """One product per group, rows (or inner dimension) split by `offs`: the groups' sizes sum to the operand.
 
     (T,K) x (E,K,N): every token meets one expert, 2*T*K*N. Also (M,T) x (T,N), split along T, and batched.
+    Fewer tokens than experts: at most T experts are read.
     """
     a, b = call.args[:2]
+    if (a.dim(), b.dim()) == (2, 3):
+        met = min(1.0, a.shape[0] / max(1, b.shape[0]))
+        read = sum(map(nbytes, call.inputs)) - nbytes(b) + round(nbytes(b) * met)
+        return call.cost(matmul=2 * a.numel() * b.shape[-1], read=read, operator="grouped_mm")
     if a.dim() == 3 and b.dim() == 2:  # (E,M,K) x (K,T), columns split
         return call.cost(matmul=2 * a.shape[1] * b.numel(), operator="grouped_mm")
     return call.cost(matmul=2 * a.numel() * b.shape[-1], operator="grouped_mm")
+
+
+@formula(*packets("convolution_backward", "convolution_backward_overrideable"))
+def convolution_back(call: Call) -> Cost:
+    """Each of dX and dW is as many multiply-adds as the forward product; db sums dY. `output_mask` says which."""
+    dy, x, w = call.args[:3]
+    transposed, mask = bool(call.args[-4]), call.args[-1]
+    products = 2 * prod(w.shape[1:]) * (x if transposed else dy).numel()
+    name = f"conv{'_transpose' if transposed else ''}{w.dim() - 2}d"
+    dx, dw, db = (bool(m) for m in mask)
+    read = (dx + dw + db) * nbytes(dy) + dx * nbytes(w) + dw * nbytes(x)
+    return call.cost(matmul=(dx + dw) * products, other=db * dy.numel(), read=read, operator=name)
 
 
 @formula(

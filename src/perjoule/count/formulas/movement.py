@@ -30,7 +30,7 @@ FREE = frozenset(
         # questions about a tensor, assertions, bookkeeping
         "_local_scalar_dense is_same_size sym_size sym_stride sym_numel is_pinned _assert_async",
         "_assert_tensor_metadata _functional_assert_async _async_error record_stream is_nonzero",
-        "_nnz item _has_same_storage_numel _pin_memory _values _indices dense_dim sparse_dim",
+        "_nnz item _linalg_check_errors _has_same_storage_numel _pin_memory _values _indices dense_dim sparse_dim",
         "is_coalesced _dimI _dimV _nested_tensor_from_mask_left_aligned",
     )
 )

@@ -37,7 +37,9 @@ def _linear(call: Call) -> Cost:
     read = nbytes(x) + w_OI.numel() * width + (nbytes(b_O) if b_O is not None else 0)
     other = (2 * x.numel() if integer else 0) + (1 + integer) * rows * w_OI.shape[0]
     name = "linear_int8" if integer else "linear_fp16"
-    return call.cost(matmul=2 * rows * w_OI.numel(), other=other, read=read, operator=name)
+    return call.cost(
+        matmul=2 * rows * w_OI.numel(), other=other, read=read, operator=name, dtype="int8" if integer else "float16"
+    )
 
 
 @result(*LINEAR, *LINEAR_FP16)

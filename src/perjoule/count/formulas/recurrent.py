@@ -12,6 +12,8 @@ Per layer, direction and time step, with N = batch (packed sequences: N*T = tota
 Bytes   The input products of all steps are one matrix product, so W_ih is read once per layer. The recurrence
 is a true sequence: W_hh (and W_hr) are read again at every step, as if nothing stays in cache.
 Left out   dropout between layers (0 in inference).
+
+The way back is in recurrent_back.py.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 UPDATE = {"lstm": 22, "gru": 16, "rnn_tanh": 2, "rnn_relu": 2}
 """Other FLOPs per state element and step, biases apart; derived in the docstring above."""
 
-_NAMES = {
+KINDS = {
     torch.lstm: "lstm",
     torch.gru: "gru",
     torch.rnn_tanh: "rnn_tanh",
@@ -46,7 +48,7 @@ def recurrence(kind: str, weights: Sequence[Tensor], *, rows: int, steps: int) -
     biases = sum(w.numel() for w in weights if w.dim() == 1)
     hidden = [w for w in matrices if w.shape[0] % GATES[kind] == 0]
     # Every cell has exactly one input matrix and one recurrent matrix; a third one projects the state (W_hr).
-    per_cell = 3 if _projected(kind, matrices) else 2
+    per_cell = 3 if projected(kind, matrices) else 2
     cells = len(matrices) // per_cell
     state = sum(m.shape[0] // GATES[kind] for m in matrices[::per_cell]) if hidden else 0
     assert cells * per_cell == len(matrices)
@@ -58,14 +60,14 @@ def recurrence(kind: str, weights: Sequence[Tensor], *, rows: int, steps: int) -
     return products, rows * (biases + UPDATE[kind] * state), moved
 
 
-def _projected(kind: str, matrices: Sequence[Tensor]) -> bool:
+def projected(kind: str, matrices: Sequence[Tensor]) -> bool:
     """An LSTM with proj_size: the third matrix is (P, H) with P < H, not the next layer's (4H, ...)."""
     return kind == "lstm" and len(matrices) % 3 == 0 and matrices[2].shape[0] < matrices[0].shape[0] // 4
 
 
-def _operands(call: Call) -> tuple[str, Tensor, Tensor | None, Any, list[Tensor], bool, bool]:
+def operands(call: Call) -> tuple[str, Tensor, Tensor | None, Any, list[Tensor], bool, bool]:
     """(kind, input, batch_sizes or None, state, weights, bidirectional, batch_first)."""
-    kind = _NAMES[call.op]
+    kind = KINDS[call.op]
     args = call.args
     if isinstance(args[2], list | tuple):  # (input, hx, weights, has_biases, layers, dropout, train, bi, batch_first)
         return kind, args[0], None, args[1], list(args[2]), bool(args[7]), bool(args[8])
@@ -74,7 +76,7 @@ def _operands(call: Call) -> tuple[str, Tensor, Tensor | None, Any, list[Tensor]
 
 @composite(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 def _layers(call: Call) -> Cost:
-    kind, x, batch_sizes, state, weights, _, batch_first = _operands(call)
+    kind, x, batch_sizes, state, weights, _, batch_first = operands(call)
     steps = batch_sizes.numel() if batch_sizes is not None else x.shape[1 if batch_first else 0]
     rows = x.numel() // max(1, x.shape[-1])
     products, other, weight_bytes = recurrence(kind, weights, rows=rows, steps=steps)
@@ -87,7 +89,7 @@ def _layers(call: Call) -> Cost:
 
 @result(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 def _layers_result(call: Call) -> tuple[Tensor, ...]:
-    _, x, _, state, _, both_ways, _ = _operands(call)
+    _, x, _, state, _, both_ways, _ = operands(call)
     states = list(state) if isinstance(state, list | tuple) else [state]
     width = states[0].shape[-1] * (2 if both_ways else 1)
     y = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device="meta")
@@ -96,7 +98,7 @@ def _layers_result(call: Call) -> tuple[Tensor, ...]:
 
 @composite(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell)
 def _cell(call: Call) -> Cost:
-    kind = _NAMES[call.op]
+    kind = KINDS[call.op]
     x = call.arg(0, "input")
     weights = [t for t in (call.arg(i, n) for i, n in enumerate(("w_ih", "w_hh", "b_ih", "b_hh"), 2)) if t is not None]
     rows = x.numel() // max(1, x.shape[-1])

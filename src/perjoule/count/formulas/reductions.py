@@ -14,6 +14,7 @@ Statistics that norms and pools hand to the backward pass (mean, rstd, indices) 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil, log2, prod
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from perjoule.count.registry import Call, Cost, composite, formula, nbytes, packets, result, words
+from perjoule.count.registry import Call, Cost, Way, backward, composite, formula, nbytes, packets, result, words
 
 aten = torch.ops.aten
 
@@ -86,6 +87,18 @@ def _rms_norm(call: Call) -> Cost:
 @result(F.rms_norm, torch.rms_norm)
 def _rms_norm_result(call: Call) -> Tensor:
     return torch.empty(tuple(call.args[0].shape), dtype=call.args[0].dtype, device="meta")
+
+
+@backward(F.rms_norm, torch.rms_norm)
+def _rms_norm_way(call: Call, needs: Callable[[Any], bool]) -> Way:
+    """x̂ = x r; dx = r (w dy - x̂ mean(w dy x̂)): 6 per element, 7 with a weight; dw = Σ dy x̂: 2. One fp32 r per row."""
+    x, sizes, w = call.args[0], call.arg(1, "normalized_shape"), call.arg(2, "weight")
+    per_element = (6 + (w is not None)) * needs(x) + 2 * needs(w)
+    rows = x.numel() // max(1, prod(sizes))
+    read = 2 * nbytes(x) + 4 * rows + (nbytes(w) if w is not None else 0)
+    write = sum(nbytes(t) for t in (x, w) if needs(t))
+    cost = call.cost(other=per_element * x.numel(), read=read, write=write, operator="rms_norm")
+    return Way((cost,), keeps=tuple(t for t in (x, w) if t is not None), extra_bytes=4 * rows)
 
 
 @formula(*packets("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm"))

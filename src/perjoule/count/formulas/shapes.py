@@ -79,7 +79,10 @@ def _arithmetic(call: Call) -> Tensor | None:
     if a.shape == b.shape:
         return same(a)
     shape = broadcast(tuple(a.shape), tuple(b.shape))
-    return None if shape is None else torch.empty(shape, dtype=a.dtype, device="meta")
+    if shape is not None and shape == tuple(a.shape):
+        return same(a)  # torch goes by the first operand's memory order; a broadcast one has none to add
+    plain = a.is_contiguous() and b.is_contiguous()
+    return None if shape is None or not plain else torch.empty(shape, dtype=a.dtype, device="meta")
 
 
 @result(*[getattr(aten, n).Tensor for n in ("add_", "sub_", "mul_", "div_")])
@@ -209,4 +212,7 @@ def grouped_mm(call: Call) -> Tensor | None:
     a, b = call.args[:2]
     if (a.dim(), b.dim()) == (2, 3):
         return _like(a, a.shape[0], b.shape[2])
+    borders = call.arg(2, "offs")
+    if (a.dim(), b.dim()) == (2, 2) and borders is not None:  # the weights' gradient: (K,T) x (T,N) -> (E,K,N)
+        return _like(a, borders.numel(), a.shape[0], b.shape[1])
     return None
