@@ -54,10 +54,14 @@ class Configured:
 
     place: Path
     fields: dict[str, Any]
+    label: str = ""
+    """Its name where it does not come from a file."""
 
     @property
     def name(self) -> str:
         """The folder's name, or the file's."""
+        if self.label:
+            return self.label
         folder = self.place if self.place.is_dir() else self.place.parent
         return folder.resolve().name if self.place.name == "config.json" or self.place.is_dir() else self.place.stem
 

@@ -4,22 +4,25 @@
     folder with config.json, or a config.json      a Hugging Face configuration; no weights needed
     file.onnx                                      an ONNX graph
     file.pt2                                       a program of torch.export.save
+    resnet50, llama-3.1-8b ...                     a well-known model, by its sizes
 
 Nothing is fetched: a reference is a place on this machine.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from pathlib import Path
 
-from perjoule.core.errors import BadInput
+from perjoule.core.errors import BadInput, UnknownName
 from perjoule.core.workload import load
-from perjoule.doors import exported, huggingface
+from perjoule.doors import exported, huggingface, known
 from perjoule.doors.ask import Door
 from perjoule.doors.onnx_file import OnnxFile
 from perjoule.doors.workload import Loaded
 
-ACCEPTED = "path.py[:function], module:function, a folder with config.json, config.json, file.onnx or file.pt2"
+ACCEPTED = "path.py[:function], module:function, a folder with config.json, config.json, file.onnx, file.pt2 or the name of a known model"
 
 
 def open_model(reference: str) -> Door:
@@ -31,6 +34,8 @@ def open_model(reference: str) -> Door:
         return OnnxFile(place=place)
     if place.suffix == ".pt2":
         return exported.read(place)
+    if not place.exists() and (by_name := known.find(reference)):
+        return by_name
     if huggingface.is_config(place):
         return huggingface.read(place)
     if place.is_dir():
@@ -39,4 +44,11 @@ def open_model(reference: str) -> Door:
         raise BadInput(f"{reference}: files like this are not understood; give {ACCEPTED}")
     if not place.exists() and ":" not in reference and not reference.endswith(".py") and "/" in reference:
         raise BadInput(f"{reference}: no such file or folder, and nothing is fetched; give {ACCEPTED}")
+    if _is_a_word(reference) and importlib.util.find_spec(reference.partition(".")[0]) is None:
+        raise UnknownName.of("model", reference, known.names())
     return Loaded(workload=load(reference))
+
+
+def _is_a_word(reference: str) -> bool:
+    """Neither a place, nor a function in a module: what a known model could be called."""
+    return re.fullmatch(r"[\w.-]+", reference) is not None and not reference.endswith(".py")

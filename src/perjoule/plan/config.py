@@ -101,6 +101,11 @@ def known() -> tuple[str, ...]:
     return tuple(_known())
 
 
+def published(name: str) -> Config:
+    """The configuration of a well-known model, as far as a count needs it."""
+    return _known()[name]
+
+
 def named(name: str) -> Architecture:
     """A well-known model by name; upper and lower case are the same."""
     plain = name.lower().rsplit("/", 1)[-1]

@@ -105,9 +105,9 @@ def worked(line: Line, values: Mapping[str, float]) -> str:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             assert isinstance(node.func, ast.Name)
-            node.func.id = f"{node.func.id} "  # a function keeps its name
+            node.func.id += "§"  # a function keeps its name
     names = {n.id: _short(values[n.id]) for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in values}
-    return ast.unparse(_Filled(names).visit(tree)).replace(" (", "(")
+    return ast.unparse(_Filled(names).visit(tree)).replace("§", "")
 
 
 class _Filled(ast.NodeTransformer):
@@ -129,6 +129,8 @@ def shown(line: Line) -> str:
     """The value with its unit, for people."""
     if line.unit in ("", "1"):
         return number(line.value, 4) if line.value != int(line.value) else f"{int(line.value):,}"
+    if line.value == int(line.value) and abs(line.value) < 10_000:
+        return f"{int(line.value):,} {line.unit}"
     return figure(line.value, line.unit, 4)
 
 
