@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 
 from perjoule.compress.fit import FITS
 from perjoule.compress.forms import Form, Grid, Metric
-from perjoule.compress.forms.grid import ActivationGrid, codes, dynamic, nibbles, scales
-from perjoule.core.errors import ConfigError
+from perjoule.compress.forms.grid import SHRINK, ActivationGrid, codes, dynamic, nibbles, packed_codes, scales
 from perjoule.testing.forms import FormConformance
 
 BAD = (
-    {"bits": 3},
+    {"bits": 7},
     {"bits": 16},
-    {"group": 24},
-    {"group": 8},
+    {"bits": 1},
+    {"group": 1},
+    {"scales": "float64"},
     {"group": -16},
     {"group": 32.0},
     {"activations": "sometimes"},
@@ -46,6 +46,38 @@ class TestFourBitsPerChannel(FormConformance):
     @pytest.fixture
     def form(self) -> Form:
         return Grid(bits=4)
+
+
+class TestThreeBitsOddGroupsClippedBothEnds(FormConformance):
+    bad = BAD
+
+    @pytest.fixture
+    def form(self) -> Form:
+        return Grid(bits=3, group=20, symmetric=False, clip=True)
+
+
+class TestTwoBitsHalfScales(FormConformance):
+    bad = BAD
+
+    @pytest.fixture
+    def form(self) -> Form:
+        return Grid(bits=2, group=32, symmetric=False, clip=True, scales="float16")
+
+
+class TestSixBitsClipped(FormConformance):
+    bad = BAD
+
+    @pytest.fixture
+    def form(self) -> Form:
+        return Grid(bits=6, clip=True)
+
+
+class TestFiveBitsAsymmetric(FormConformance):
+    bad = BAD
+
+    @pytest.fixture
+    def form(self) -> Form:
+        return Grid(bits=5, symmetric=False)
 
 
 class TestStaticActivations(FormConformance):
@@ -114,12 +146,59 @@ def test_nibbles_come_back(values):
     assert [int(p) - 16 if p > 7 else int(p) for p in pairs] == values
 
 
-def test_odd_columns_are_refused_in_four_bits():
-    with pytest.raises(ConfigError, match="33 input columns are not divisible by 2"):
-        Grid(bits=4).nbytes(4, 33)
+def test_odd_columns_just_work_but_do_not_come_out_even():
+    assert Grid(bits=4).nbytes(4, 33) == 66 + 4 * 4
+    assert Grid(bits=3, group=32, symmetric=False, scales="float16").nbytes(7, 172) == -(-7 * 172 * 3 // 8) + 7 * 6 * 3
     assert not Grid(bits=4).fits(33)
     assert not Grid(group=32).fits(48)
     assert Grid(group=16).fits(48)
+
+
+def by_hand(bits, q, s, z):
+    """Codes to weights, one number at a time."""
+    return [[(value - zero) * scale for value in row] for row, scale, zero in zip(q, s, z, strict=True)]
+
+
+def test_asymmetric_by_hand():
+    w_OI = torch.tensor([[-1.0, 0.0, 1.0, 2.0], [0.5, 1.0, 1.5, 0.25]])
+    packed = Grid(bits=2, symmetric=False).nearest(w_OI, Metric(diagonal_OI=torch.ones(1, 4)))
+    # row 1: s = 3 / 3 = 1, -min / s = 1, codes 0..3 less 2; row 2 spans [0, 1.5]: s = 0.5, zero code 0
+    assert packed.s_OG.flatten().tolist() == pytest.approx([1.0, 0.5])
+    assert packed.z_OG.flatten().tolist() == [-1, -2]
+    assert packed.q_OI.tolist() == [[-2, -1, 0, 1], [-1, 0, 1, -2]]  # 0.25 / 0.5 = 0.5 rounds to even
+    assert packed.dense().tolist() == by_hand(2, packed.q_OI.tolist(), [1.0, 0.5], [-1, -2])
+
+
+@given(st.sampled_from([2, 3, 4, 5, 6]), st.integers(1, 7), st.integers(1, 40))
+def test_packed_codes_hold_every_code(bits, rows, columns):
+    """Unpacked with Python's big integers: an independent reading of the same bytes."""
+    half = 1 << (bits - 1)
+    q_OI = torch.randint(-half, half, (rows, columns), dtype=torch.int8)
+    stored = packed_codes(q_OI, bits)
+    assert stored.numel() == -(-rows * columns * bits // 8)
+    if bits == 4 and columns % 2 == 0:
+        return  # nibbles, two's complement: tested below
+    number = int.from_bytes(bytes(stored.tolist()), "little")
+    read = [((number >> (bits * n)) & (2**bits - 1)) - half for n in range(rows * columns)]
+    assert read == q_OI.flatten().tolist()
+
+
+def test_clipping_finds_the_best_factor():
+    """Against trying every factor on every row by itself."""
+    w_OI = torch.randn(5, 48, generator=torch.Generator().manual_seed(0)) ** 3
+    d_1I = torch.rand(1, 48, generator=torch.Generator().manual_seed(1)) + 0.1
+    metric = Metric(diagonal_OI=d_1I)
+    clipped = Grid(bits=3, clip=True).nearest(w_OI, metric).dense()
+    for row in range(5):
+        errors = []
+        for c in SHRINK:
+            s = float(w_OI[row].abs().max() * c / 3)
+            q = (w_OI[row] / s).round().clamp(-3, 3)
+            errors.append(float(((q * s - w_OI[row]) ** 2 * d_1I[0]).sum()))
+        found = float(((clipped[row] - w_OI[row]) ** 2 * d_1I[0]).sum())
+        assert found == pytest.approx(min(errors), rel=1e-5)
+    plain = Grid(bits=3).nearest(w_OI, metric).dense()
+    assert metric.error(w_OI - clipped) < metric.error(w_OI - plain)
 
 
 # second order -------------------------------------------------------------------------------------------------------

@@ -78,21 +78,22 @@ def repaired(
 def _projection(packed: Packed) -> Callable[[Tensor], Tensor]:
     """Weight -> nearest weight that has the same scales, or the same mask."""
     if isinstance(packed, GridPacked):
-        return lambda w: (
-            GridPacked(q_OI=codes(w.flatten(1), packed.s_OG, bits=packed.bits), s_OG=packed.s_OG, bits=packed.bits)
-            .dense()
-            .reshape(w.shape)
-        )
+        return lambda w: _recoded(packed, w.flatten(1)).dense().reshape(w.shape)
     if isinstance(packed, SparsePacked):
         return lambda w: w * packed.mask_OI.reshape(w.shape)
     return lambda w: w
 
 
+def _recoded(packed: GridPacked, w_OI: Tensor) -> GridPacked:
+    """The nearest codes on the same grid."""
+    q_OI = codes(w_OI, packed.s_OG, bits=packed.bits, z_OG=packed.z_OG, group=packed.group)
+    return replace(packed, q_OI=q_OI)
+
+
 def _again(packed: Packed, w_OI: Tensor) -> Packed:
     """The trained weight in the same form. Scales and masks are the ones it was trained under."""
     if isinstance(packed, GridPacked):
-        q_OI = codes(w_OI, packed.s_OG, bits=packed.bits)
-        return GridPacked(q_OI=q_OI, s_OG=packed.s_OG, bits=packed.bits, activation=packed.activation)
+        return _recoded(packed, w_OI)
     if isinstance(packed, SparsePacked):
         return SparsePacked(w_OI=w_OI.clone(), mask_OI=packed.mask_OI)
     return packed

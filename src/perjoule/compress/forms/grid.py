@@ -1,20 +1,23 @@
-"""Grid: weights on an integer grid - int8 per output channel, or int4 with one scale per group of inputs.
+"""Grid: weights on an integer grid - int2 to int8, one scale per output channel or per group of inputs.
 
-    s = max|w| / (2^(b-1) - 1)           one scale per row, or per `group` input columns of a row
-    q = clamp(round(w / s), -qmax, qmax)  the weight is  s * q
+    symmetric    s = c max|w| / (2^(b-1) - 1)                    w ~ s q,         q in [-qmax, qmax]
+    asymmetric   s = c (max w - min w) / (2^b - 1), z = -min/s   w ~ s (q - z),   q in [-2^(b-1), 2^(b-1) - 1]
+
+c = 1 lets the largest weight reach the end of the grid. `clip` looks for the c in (0.35, 1] with the least error under
+the metric's diagonal, for every row and group by itself: at 3 bits and less a few large weights cost all others.
 
 Activations of an int8 layer may be put on a grid too, so that the matrix product runs in integers:
     "none"     weights only: less to read, same arithmetic
     "dynamic"  u8, scale and zero point from each call's own range (ONNX DynamicQuantizeLinear)
     "static"   u8, scale and zero point fixed from calibration
 
-Cost     O(weights) nearest; O(O I^2) second-order.
-Saves    32 -> b + 32/group bits per weight; int8 x int8 products where activations are quantised too.
-Bound    |w - s q| <= s/2 for the nearest fit (no clipping: s is set by the largest weight).
-Source   Jacob et al. 2018, arXiv:1712.05877, eq. (1), with zero point 0 for weights; groups as in
-         Frantar et al. 2023, arXiv:2210.17323.
-Shapes   O outputs, I inputs, G = I / group, g = group.
-Left out clip search, asymmetric weights, non-uniform grids.
+Cost     O(weights) nearest, times 32 with `clip`; O(O I^2) second-order.
+Saves    32 -> b + (scale + zero) / group bits per weight; int8 x int8 products where activations are quantised too.
+Bound    |w - s q| <= s/2 for the nearest fit without clipping.
+Source   Jacob et al. 2018, arXiv:1712.05877, eq. (1); groups as in Frantar et al. 2023, arXiv:2210.17323; clipping by
+         search as in OMSE, Choukroun et al. 2019, arXiv:1902.06822.
+Shapes   O outputs, I inputs, g = group, G = ceil(I / g): a last group may be shorter.
+Left out scales that are themselves quantised; non-uniform grids (codebook.py).
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ from perjoule.compress.forms.base import Columns, Form, Metric, Packed
 from perjoule.core.errors import ConfigError
 
 Activations = Literal["none", "dynamic", "static"]
+Bits = Literal[2, 3, 4, 5, 6, 8]
+SHRINK = torch.linspace(1.0, 0.35, 32)
+"""Clip factors that are tried, the widest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,28 +69,54 @@ def dynamic(x: Tensor) -> Tensor:
 
 @dataclass(kw_only=True, eq=False)
 class GridPacked(Packed):
-    """Codes and scales of one matrix."""
+    """Codes, scales and zero points of one matrix."""
 
     q_OI: Tensor
-    """int8 codes, also for 4 bits (packing is the container's business; `nbytes` counts packed bits)."""
+    """int8 codes, whatever the bits (packing is the container's business; `nbytes` counts packed bits)."""
     s_OG: Tensor
-    """float32 scales; G = 1 for one scale per row."""
+    """Scales, as they are stored; G = 1 for one scale per row."""
     bits: int
+    z_OG: Tensor | None = None
+    """int8 zero points of an asymmetric grid."""
+    group: int | None = None
+    """Input columns per scale; None: all, or as many as divide them evenly among the scales."""
     activation: ActivationGrid | None = None
     """The input's grid, for static activations."""
 
     def dense(self) -> Tensor:
-        groups = self.s_OG.shape[1]
-        rows = self.q_OI.shape[0]
-        return (self.q_OI.reshape(rows, groups, -1) * self.s_OG[..., None]).flatten(1)
+        columns = self.q_OI.shape[1]
+        q_OI = self.q_OI.float()
+        if self.z_OG is not None:
+            q_OI = q_OI - _spread(self.z_OG.float(), columns, self.group)
+        return q_OI * _spread(self.s_OG.float(), columns, self.group)
 
     def tensors(self) -> dict[str, Tensor]:
-        codes = self.q_OI if self.bits == 8 else nibbles(self.q_OI)
-        stored = {"codes": codes, "scales": self.s_OG}
+        stored = {"codes": packed_codes(self.q_OI, self.bits), "scales": self.s_OG}
+        if self.z_OG is not None:
+            stored["zeros"] = self.z_OG
         if self.activation is not None:
             stored["input_scale"] = torch.tensor(self.activation.scale)
             stored["input_zero"] = torch.tensor(self.activation.zero, dtype=torch.uint8)
         return stored
+
+
+def _spread(x_OG: Tensor, columns: int, group: int | None) -> Tensor:
+    """One value per column out of one per group; the last group may be shorter."""
+    width = group or -(-columns // x_OG.shape[1])
+    return x_OG.repeat_interleave(width, 1)[:, :columns]
+
+
+def packed_codes(q_OI: Tensor, bits: int) -> Tensor:
+    """Codes as they are stored: bytes, nibbles, or one stream of b-bit numbers, lowest bit first."""
+    if bits == 8:
+        return q_OI
+    if bits == 4 and q_OI.shape[1] % 2 == 0:
+        return nibbles(q_OI)
+    u_N = (q_OI.flatten().to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    bit_N8 = (u_N[:, None] >> torch.arange(bits, dtype=torch.uint8)) & 1
+    stream = bit_N8.flatten()
+    stream = torch.cat([stream, stream.new_zeros(-stream.numel() % 8)]).reshape(-1, 8)
+    return (stream << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
 
 
 def nibbles(q_OI: Tensor) -> Tensor:
@@ -94,78 +126,129 @@ def nibbles(q_OI: Tensor) -> Tensor:
 
 
 def scales(w_OI: Tensor, *, bits: int, group: int | None) -> Tensor:
-    """s_OG that lets the largest weight of each group reach the end of the grid."""
-    qmax = 2 ** (bits - 1) - 1
-    w_OGg = w_OI.reshape(w_OI.shape[0], -1, group or w_OI.shape[1])
-    s_OG: Tensor = (w_OGg.abs().amax(-1) / qmax).clamp_min(torch.finfo(w_OI.dtype).tiny)
+    """s_OG of a symmetric grid that lets the largest weight of each group reach its end."""
+    s_OG, _ = fitted(w_OI, None, Grid(bits=bits, group=group))  # type: ignore[arg-type]
     return s_OG
 
 
-def codes(w_OI: Tensor, s_OG: Tensor, *, bits: int) -> Tensor:
-    """q_OI, int8."""
-    qmax = 2 ** (bits - 1) - 1
-    w_OGg = w_OI.reshape(w_OI.shape[0], s_OG.shape[1], -1)
-    return (w_OGg / s_OG[..., None]).round().clamp(-qmax, qmax).flatten(1).to(torch.int8)
+def codes(w_OI: Tensor, s_OG: Tensor, *, bits: int, z_OG: Tensor | None = None, group: int | None = None) -> Tensor:
+    """q_OI, int8: the nearest point of the grid for every weight."""
+    columns = w_OI.shape[1]
+    q_OI = (w_OI / _spread(s_OG.float(), columns, group)).round()
+    low, high = limits(bits, symmetric=z_OG is None)
+    if z_OG is not None:
+        q_OI = q_OI + _spread(z_OG.float(), columns, group)
+    return q_OI.clamp(low, high).to(torch.int8)
+
+
+def limits(bits: int, *, symmetric: bool) -> tuple[int, int]:
+    """The smallest and the largest code."""
+    half = 1 << (bits - 1)
+    return (1 - half if symmetric else -half), half - 1
+
+
+def fitted(w_OI: Tensor, d_OI: Tensor | None, form: Grid) -> tuple[Tensor, Tensor | None]:
+    """(s_OG, z_OG) of the grid for these weights; `d_OI` weighs the errors, broadcastable to (O, I)."""
+    rows, columns = w_OI.shape
+    width = form.group or columns
+    pad = -columns % width
+    # columns that only fill up the last group weigh nothing and, being 0, move no end of a grid
+    w_OGg = torch.nn.functional.pad(w_OI, (0, pad)).reshape(rows, -1, width)
+    low_OG, high_OG = w_OGg.amin(-1).clamp_max(0), w_OGg.amax(-1).clamp_min(0)
+    if not form.clip:
+        return _grid(low_OG, high_OG, form)
+    ones = torch.ones(1, columns) if d_OI is None else d_OI
+    d_XGg = torch.nn.functional.pad(ones, (0, pad)).reshape(ones.shape[0], -1, width)
+    low, high = limits(form.bits, symmetric=form.symmetric)
+    best_OG = s_best = z_best = None
+    for c in SHRINK:
+        s_OG, z_OG = _grid(low_OG * c, high_OG * c, form)
+        s, z = s_OG.float()[..., None], 0.0 if z_OG is None else z_OG.float()[..., None]
+        error_OG = ((((w_OGg / s).round() + z).clamp(low, high) - z).mul_(s).sub_(w_OGg).square_() * d_XGg).sum(-1)
+        if best_OG is None:
+            best_OG, s_best, z_best = error_OG, s_OG, z_OG
+            continue
+        better = error_OG < best_OG
+        best_OG = torch.where(better, error_OG, best_OG)
+        s_best = torch.where(better, s_OG, s_best)
+        z_best = None if z_OG is None else torch.where(better, z_OG, z_best)
+    assert s_best is not None
+    return s_best, z_best
+
+
+def _grid(low_OG: Tensor, high_OG: Tensor, form: Grid) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that cover [low, high]."""
+    kind = torch.float16 if form.scales == "float16" else torch.float32
+    tiny = torch.finfo(kind).tiny
+    half = 1 << (form.bits - 1)
+    if form.symmetric:
+        return (torch.maximum(-low_OG, high_OG) / (half - 1)).clamp_min(tiny).to(kind), None
+    s_OG = ((high_OG - low_OG) / (2 * half - 1)).clamp_min(tiny).to(kind)
+    z_OG = ((-low_OG / s_OG.float()).round().clamp(0, 2 * half - 1) - half).to(torch.int8)
+    return s_OG, z_OG
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid(Form):
     """Integer weights, optionally with integer activations."""
 
-    bits: Literal[4, 8] = 8
+    bits: Bits = 8
     group: int | None = None
     """Input columns that share one scale; None: one scale per output channel."""
     activations: Activations = "none"
+    symmetric: bool = True
+    clip: bool = False
+    """Search the clip factor of every scale."""
+    scales: Literal["float32", "float16"] = "float32"
 
     cite: ClassVar[tuple[str, ...]] = ("Jacob et al. 2018, arXiv:1712.05877",)
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ConfigError(f"Grid(bits={self.bits}): 4 or 8 bits are supported")
-        if self.group is not None and (
-            not isinstance(self.group, int) or self.group < 16 or self.group & (self.group - 1)
-        ):
-            raise ConfigError(f"Grid(group={self.group}): give a power of two, 16 or more")
+        if self.bits not in get_args(Bits):
+            raise ConfigError(f"Grid(bits={self.bits}): give {', '.join(map(str, get_args(Bits)))}")
+        if self.group is not None and (type(self.group) is not int or self.group < 2):
+            raise ConfigError(f"Grid(group={self.group}): give a whole number of columns, 2 or more, or None")
         if self.activations not in get_args(Activations):
             raise ConfigError(f"Grid(activations='{self.activations}'): give {', '.join(get_args(Activations))}")
-        if self.activations != "none" and (self.bits != 8 or self.group is not None):
-            raise ConfigError("Grid: quantised activations need 8-bit weights with one scale per channel")
+        if self.scales not in ("float32", "float16"):
+            raise ConfigError(f"Grid(scales='{self.scales}'): give float32 or float16")
+        plain = self.bits == 8 and self.group is None and self.symmetric and self.scales == "float32"
+        if self.activations != "none" and not plain:
+            raise ConfigError("Grid: quantised activations need symmetric 8-bit weights, one float32 scale per channel")
 
     def fits(self, columns: int) -> bool:
-        """Whether a matrix with this many columns can be in this form."""
+        """Whether groups and bytes come out even in a matrix with this many columns, as runtimes want them."""
         return (self.group is None or columns % self.group == 0) and (self.bits == 8 or columns % 2 == 0)
-
-    def _check(self, columns: int) -> None:
-        if not self.fits(columns):
-            raise ConfigError(f"{self.describe()}: {columns} input columns are not divisible by {self.group or 2}")
 
     def nearest(self, w_OI: Tensor, metric: Metric) -> GridPacked:
         # Rounding each weight by itself is optimal for every diagonal metric once the scales are fixed.
-        self._check(w_OI.shape[1])
-        s_OG = scales(w_OI, bits=self.bits, group=self.group)
-        return GridPacked(q_OI=codes(w_OI, s_OG, bits=self.bits), s_OG=s_OG, bits=self.bits)
+        s_OG, z_OG = fitted(w_OI, metric.diagonal_OI, self)
+        q_OI = codes(w_OI, s_OG, bits=self.bits, z_OG=z_OG, group=self.group)
+        return GridPacked(q_OI=q_OI, s_OG=s_OG, z_OG=z_OG, bits=self.bits, group=self.group)
 
     def columns(self, w_OI: Tensor, metric: Metric) -> Columns:
-        self._check(w_OI.shape[1])
-        return _GridColumns(self, w_OI)
+        return _GridColumns(self, w_OI, metric)
 
     def nbytes(self, rows: int, columns: int) -> int:
-        self._check(columns)
-        groups = columns // self.group if self.group else 1
+        groups = -(-columns // self.group) if self.group else 1
+        each = (4 if self.scales == "float32" else 2) + (not self.symmetric)
         static = 5 if self.activations == "static" else 0  # float32 scale and uint8 zero point of the input
-        return rows * columns * self.bits // 8 + rows * groups * 4 + static
+        return -(-rows * columns * self.bits // 8) + rows * groups * each + static
 
     def describe(self) -> str:
         scale = f"groups of {self.group}" if self.group else "per channel"
         inputs = {"none": "weights only", "dynamic": "dynamic activations", "static": "static activations"}
-        return f"int{self.bits} {scale}, {inputs[self.activations]}"
+        extras = ", asymmetric" * (not self.symmetric) + ", clipped" * self.clip
+        return f"int{self.bits} {scale}{extras}, {inputs[self.activations]}"
 
 
 class _GridColumns(Columns):
-    def __init__(self, form: Grid, w_OI: Tensor) -> None:
+    def __init__(self, form: Grid, w_OI: Tensor, metric: Metric) -> None:
         self.form = form
+        self.d_OI = metric.diagonal_OI
         self.q_OI = torch.empty_like(w_OI, dtype=torch.int8)
-        self.s_OG = scales(w_OI, bits=form.bits, group=form.group)
+        self.s_OG, self.z_OG = fitted(w_OI, self.d_OI, form)
+        self.low, self.high = limits(form.bits, symmetric=form.symmetric)
         self.w_OI: Tensor = w_OI
 
     def begin(self, start: int, stop: int, w_OI: Tensor, u_II: Tensor) -> None:
@@ -173,13 +256,17 @@ class _GridColumns(Columns):
 
     def project(self, j: int, w_O: Tensor) -> Tensor:
         group = self.form.group
-        if group and j % group == 0:  # the scale of a group is set when it is reached, from the weights as corrected
-            self.s_OG[:, j // group] = scales(self.w_OI[:, j : j + group], bits=self.form.bits, group=group)[:, 0]
-        s_O = self.s_OG[:, j // group if group else 0]
-        qmax = 2 ** (self.form.bits - 1) - 1
-        q_O = (w_O / s_O).round().clamp(-qmax, qmax)
+        at = j // group if group else 0
+        if group and j % group == 0:  # the grid of a group is set when it is reached, from the weights as corrected
+            s_O1, z_O1 = fitted(self.w_OI[:, j : j + group], self.d_OI[:, j : j + group], self.form)
+            self.s_OG[:, at] = s_O1[:, 0]
+            if self.z_OG is not None and z_O1 is not None:
+                self.z_OG[:, at] = z_O1[:, 0]
+        s_O = self.s_OG[:, at].float()
+        z_O = torch.zeros_like(s_O) if self.z_OG is None else self.z_OG[:, at].float()
+        q_O = ((w_O / s_O).round() + z_O).clamp(self.low, self.high)
         self.q_OI[:, j] = q_O.to(torch.int8)
-        return q_O * s_O
+        return (q_O - z_O) * s_O
 
     def packed(self) -> GridPacked:
-        return GridPacked(q_OI=self.q_OI, s_OG=self.s_OG, bits=self.form.bits)
+        return GridPacked(q_OI=self.q_OI, s_OG=self.s_OG, z_OG=self.z_OG, bits=self.form.bits, group=self.form.group)
