@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
 from perjoule.doors.zoo.blocks import CLASSES, Branches, Classifier, conv
@@ -128,7 +127,7 @@ class _InceptionV3(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         x = self.first(x)
         answer: Tensor = self.last(x)
-        return (answer, self.aux(x)) if torch.is_grad_enabled() and self.training else answer
+        return (answer, self.aux(x)) if self.training else answer
 
 
 def inception_v3() -> nn.Module:
