@@ -46,7 +46,8 @@ def main() -> None:
         if run["kind"] == "energy" and run["energy"].get("scope") == "system" and run["energy"].get("mwh"):
             error, held = energy_error(name)
             energies[name] = error
-            print(f"{name:22} {run['energy']['mwh']:8,.1f} MWh measured, planned {error:+.1%} {'' if held else 'outside'}")
+            verdict = "" if held else "outside"
+            print(f"{name:22} {run['energy']['mwh']:8,.1f} MWh measured, planned {error:+.1%} {verdict}")
     print(f"energy: median error {statistics.median(map(abs, energies.values())):.1%}")
     if options.json:
         Path(options.json).write_text(json.dumps({"runs": rows, "energy": energies}, indent=1) + "\n")

@@ -198,11 +198,12 @@ def test_commands_in_pages_exist(path: Path):
         for line in block.splitlines():
             made = re.match(r"(?:\$ )?make (\w+)", line)
             assert not made or made[1] in targets, line
-            called = re.match(r"(?:\$ )?perjoule (\w+)", line)
+            called = re.match(r"(?:\$ )?perjoule ([\w-]+)(?: (\w+))?", line)
             if called:
-                assert called[1] in FACE, line
+                name = next((n for n in (f"{called[1]} {called[2]}", called[1]) if n in FACE), "")
+                assert name, line
                 options = set(re.findall(r"--\w[\w-]*", line.partition(" -- ")[0].partition("#")[0]))
-                known = set(re.findall(r"--\w[\w-]*", FACE[called[1]])) | {"--help", "--debug"}
+                known = set(re.findall(r"--\w[\w-]*", FACE[name])) | {"--help", "--debug"}
                 assert options <= known, f"{path.name}: {line}"
 
 

@@ -27,7 +27,7 @@ def count(
     model: Annotated[
         str,
         typer.Argument(
-            help="path.py[:function], module:function, config.json or its folder, .onnx, .pt2, or a known name: resnet50.",
+            help="path.py[:function], module:function, config.json or its folder, .onnx, .pt2, or a name: resnet50.",
             metavar="MODEL",
         ),
     ],

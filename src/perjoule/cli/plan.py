@@ -55,7 +55,7 @@ def train(
     within: Annotated[str, typer.Option("--within", metavar="TIME", help="Time to finish in, as 30d or 12h.")] = "",
     seq: Annotated[int, typer.Option("--seq", help="Tokens of a sequence.")] = 4096,
     batch: Annotated[int, typer.Option("--batch", min=0, help="Sequences per step. Default: 4 M tokens.")] = 0,
-    policy: Annotated[str, typer.Option("--policy", help="mixed, megatron, bfloat16, float32 or float8.")] = "mixed",
+    policy: Annotated[str, typer.Option("--policy", help="mixed, fsdp, megatron, bfloat16, float32 ...")] = "mixed",
     optimizer: Annotated[
         str, typer.Option("--optimizer", help="adamw, sgd, momentum, adafactor, lion, muon ...")
     ] = "adamw",

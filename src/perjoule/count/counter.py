@@ -22,6 +22,7 @@ from perjoule.core.workload import Phase, Workload
 from perjoule.count import passes
 from perjoule.count.caches import sequence_length
 from perjoule.count.guard import untouched
+from perjoule.count.lean import without_compiler
 from perjoule.count.optimizers import optimizer as named_optimizer
 from perjoule.count.parameters import buffer_bytes, hidden_weights, optimizer_steps, owned, trained
 from perjoule.count.passes import any_meta
@@ -157,7 +158,7 @@ class _Job:
         return trace
 
     def _run(self, values: Values) -> Trace:
-        with untouched(self.model):
+        with untouched(self.model), without_compiler():
             return self._passed(values)
 
     def _passed(self, values: Values) -> Trace:

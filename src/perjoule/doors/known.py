@@ -15,7 +15,6 @@ from perjoule.doors.ask import Ask, Door
 from perjoule.doors.huggingface import Configured
 from perjoule.plan import config
 
-
 _FLOAT32 = ("gpt2", "bert", "roberta", "distilbert")
 """Families whose weights were published in float32; the others in 16 bits, counted as bfloat16."""
 

@@ -22,7 +22,10 @@ from perjoule.doors.ask import Door
 from perjoule.doors.onnx_file import OnnxFile
 from perjoule.doors.workload import Loaded
 
-ACCEPTED = "path.py[:function], module:function, a folder with config.json, config.json, file.onnx, file.pt2 or the name of a known model"
+ACCEPTED = (
+    "path.py[:function], module:function, a folder with config.json, config.json, file.onnx, "
+    "file.pt2 or the name of a known model"
+)
 
 
 def open_model(reference: str) -> Door:

@@ -252,9 +252,9 @@ def of_size(params: float, *, name: str = "", vocab: int = 50_000) -> Architectu
     if not params > 0:
         raise BadInput(f"{params:g} parameters; give a positive number, as in 7B")
     best = None
+    step = 64 if params < 1e9 else 256 if params < 1e10 else 1024  # heads come in numbers that tensor ranks divide
     for layers in range(2, 200):
-        for heads in range(1, 320):
-            hidden = 64 * heads
+        for hidden in range(step, 320 * 64, step):
             ratio = hidden / layers
             aim = 38 * (params / 1e8) ** 0.18
             count = 12 * layers * hidden**2 + vocab * hidden

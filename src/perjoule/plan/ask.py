@@ -80,7 +80,7 @@ def plan(
     amounts = {"tokens": tokens, "samples": samples, "requests_s": requests_s}
     asked = [name for name, value in amounts.items() if value is not None]
     if isinstance(model, Ledger):
-        return _counted(model, chip, where, devices, samples, requests_s, rent, asked)
+        return _counted(model, chip, where, devices, samples, requests_s, rent, asked, layout)
     shape = architecture(model) if isinstance(model, str) else model
     if asked not in (["tokens"], ["requests_s"]):
         raise BadInput(
@@ -174,7 +174,11 @@ def _counted(
     requests_s: float | None,
     rent: Estimate | None,
     asked: list[str],
+    layout: Layout | None,
 ) -> Plan:
+    if layout is not None and layout != Layout(data=layout.data, zero=layout.zero):
+        raise BadInput(f"layout {layout}: a counted model runs data-parallel; give data and zero only")
+    devices = devices or (layout.data if layout else 1)
     if asked not in (["samples"], ["requests_s"]):
         raise BadInput(
             f"given {' and '.join(asked) or 'no amount of work'} for a counted model; give samples to train on, or "
@@ -182,8 +186,9 @@ def _counted(
         )
     serving = requests_s is not None
     amount = (requests_s if serving else samples) or 0.0
-    job = Counted(ledger=ledger, examples=examples(ledger), samples=amount, serving=serving)
-    return plan_counted(job, chip, where, devices=devices or 1, usd_per_device_hour=rent)
+    zero = layout.zero if layout else 0
+    job = Counted(ledger=ledger, examples=examples(ledger), samples=amount, serving=serving, zero=zero)
+    return plan_counted(job, chip, where, devices=devices, usd_per_device_hour=rent)
 
 
 def examples(ledger: Ledger) -> int:

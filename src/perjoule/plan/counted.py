@@ -3,22 +3,24 @@
 The ledger's entries are the layers: each takes max(FLOPs / reached peak, bytes / reached bandwidth) - the roofline
 with the reached shares of efficiency.py - plus a launch. A training step is what the ledger of phase "train" holds
 (forward, backward, optimizer); from a forward ledger it is three times the products (two for the backward pass) and
-said so. Gradients are all-reduced, part of it under the backward pass. Memory is the ledger's followed peak.
+said so. Gradients are all-reduced, part of it under the backward pass; with ZeRO stage 3 weights are gathered twice and
+gradients scattered. Memory is the ledger's followed peak, spread over the ranks as shards.py says.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from perjoule.core.device import Device
 from perjoule.core.errors import BadInput, CannotFit
 from perjoule.core.ledger import Entry, Ledger
 from perjoule.core.reading import Estimate, Reading
 from perjoule.core.units import figure, size
-from perjoule.plan import power
+from perjoule.plan import power, shards
 from perjoule.plan.efficiency import KERNELS, matmul_share
 from perjoule.plan.job import positive, whole
-from perjoule.plan.layout import Layout
+from perjoule.plan.layout import Layout, Zero
 from perjoule.plan.memory import CONTEXT_BYTES, RESERVE
 from perjoule.plan.plan import Need, Plan
 from perjoule.plan.power import Place
@@ -48,8 +50,21 @@ class Counted:
     samples: float
     """To be trained on, epochs included; for a service, per second."""
     serving: bool = False
+    zero: Zero = 0
+    """What the devices share in training: 1 optimizer states, 2 gradients too, 3 weights too (PyTorch's FSDP)."""
+    bucket_view: bool = False
+    """Gradients live in the buckets of DDP (gradient_as_bucket_view=True) rather than beside them."""
 
     def __post_init__(self) -> None:
+        if self.zero not in get_args(Zero):
+            raise BadInput(f"zero stage {self.zero!r}; allowed are 0, 1, 2 and 3")
+        if self.serving and self.zero:
+            raise BadInput(f"zero stage {self.zero} is for training; replicas of a service share nothing")
+        if self.zero and self.ledger.phase != "train":
+            raise BadInput(
+                f"zero stage {self.zero} needs the count of a training step, not of phase '{self.ledger.phase}'; "
+                "count with phase='train'"
+            )
         whole(self.examples, "examples of the counted batch")
         positive(self.samples, "samples per second" if self.serving else "samples", "1.28M")
 
@@ -98,7 +113,11 @@ def plan_counted(
         )
         given("e_dp", KERNELS.link if devices <= device.node else KERNELS.network, "1", "of it in collectives")
         given("M_p", ledger.param_bytes, "B", "gradients of one step")
-        line("t_dp", "2 * (n - 1) / n * M_p / (bw_dp * e_dp)", "s", "all-reduce of the gradients")
+        if job.zero == 3:
+            line("t_dp", "3 * (n - 1) / n * M_p / (bw_dp * e_dp)", "s", "weights gathered twice, gradients scattered",
+                 "arXiv 1910.02054, §7")  # fmt: skip
+        else:
+            line("t_dp", "2 * (n - 1) / n * M_p / (bw_dp * e_dp)", "s", "all-reduce of the gradients")
         given("o", KERNELS.overlap, "1", "of the backward pass hides it", "assumed")
         line("t_x", "max(t_dp - o * t_b * 2 / 3, 0.05 * t_dp)", "s", "of it in plain sight")
         exposed = " + t_x"
@@ -126,7 +145,7 @@ def plan_counted(
     own, host = power.watts(sheet, device, "busy * F_b * x_p / (t_step * peak)", "busy * Q_b * x_p / (t_step * bw)")
     total = Estimate.exact(1.0, "one second", "modelled") if job.serving else _slowed(sheet["t_all"])
     joules, parts, carbon = power.energy(sheet, total, devices, own, host, place)
-    need = _memory(sheet, job, device)
+    need = _memory(sheet, job, device, devices)
     rent = usd_per_device_hour or device.price_usd_h
     verb = "serve" if job.serving else "train"
     amount = f"at {figure(job.samples)} samples/s" if job.serving else f"on {figure(job.samples)} samples"
@@ -152,7 +171,7 @@ def plan_counted(
         ),
         memory_bytes=need,
         capacity_bytes=device.memory_bytes.value if device.memory_bytes else 0.0,
-        layout=Layout(data=devices, micro_batch=job.examples),
+        layout=Layout(data=devices, zero=job.zero, micro_batch=job.examples),
         step_s=_slowed(step_s),
         quantities={
             "device_hours": sheet["t_all"] / 3600 * devices,
@@ -207,21 +226,25 @@ def _pass(sheet: Sheet, job: Counted, device: Device) -> None:
     sheet.line("t_b", "t_c * k", "s", "one batch at best")
 
 
-def _memory(sheet: Sheet, job: Counted, device: Device) -> float:
-    ledger = job.ledger
-    known = ledger.peak_bytes or ledger.param_bytes * (4 if not job.serving else 1) + ledger.state_bytes
-    sheet.given(
-        "M_p_all",
-        known,
-        "B",
-        "peak of the counted pass" if ledger.peak_bytes else "weights and states; activations unknown",
-    )
-    sheet.given("M_c", CONTEXT_BYTES if device.kind == "gpu" else 0.0, "B", "runtime", "assumed")
-    need = sheet.line("M_need", f"M_p_all * {1 + RESERVE} + M_c", "B", "memory per device")
+def _memory(sheet: Sheet, job: Counted, device: Device, devices: int) -> float:
+    ledger, given, line = job.ledger, sheet.given, sheet.line
+    if job.serving:
+        given("M_peak", ledger.peak_bytes or ledger.param_bytes, "B",
+              "peak of the counted pass" if ledger.peak_bytes else "weights; activations unknown")  # fmt: skip
+    elif ledger.phase == "train" and ledger.peak_bytes:
+        shards.peak(sheet, ledger, devices, job.zero, bucket_view=job.bucket_view)
+    else:
+        given("M_f", ledger.peak_bytes or ledger.param_bytes, "B", "peak of the counted pass, or weights")
+        given("M_w", ledger.param_bytes, "B", "weights")
+        line("M_peak", "M_f + 3 * M_w", "B", "and gradients and AdamW's states; what is kept for the backward pass is "
+             "unknown: count phase 'train'")  # fmt: skip
+    given("M_c", CONTEXT_BYTES if device.kind == "gpu" else 0.0, "B", "runtime", "assumed")
+    need = line("M_need", f"M_peak * {1 + RESERVE} + M_c", "B", "memory per device")
     capacity = device.memory_bytes.value if device.memory_bytes else 0.0
     if capacity and need > capacity:
+        share = "" if job.serving or job.zero == 3 or devices == 1 else ", or share weights and states (zero=3)"
         raise CannotFit(
             f"a batch of {job.examples} of {ledger.name} needs {size(need)} of {size(capacity)} on {device.name}; "
-            "count a smaller batch, or with checkpointing"
+            f"count a smaller batch, or with checkpointing{share}"
         )
     return need

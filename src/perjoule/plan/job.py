@@ -9,7 +9,7 @@ from perjoule.core.errors import BadInput, UnknownName
 from perjoule.count.optimizers import optimizer
 from perjoule.plan.architecture import Architecture
 
-Policy = Literal["mixed", "megatron", "bfloat16", "float32", "float8"]
+Policy = Literal["mixed", "megatron", "bfloat16", "float32", "float8", "fsdp", "autocast"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,12 @@ class Bytes:
     activation: float
     compute: str
     """dtype of the matrix products."""
+    gathered: float = 0.0
+    """Weights that ZeRO stage 3 gathers, and their gradients before they are scattered; 0: as the weight."""
+    cast: float = 0.0
+    """Copies of the weights that are made for the products and kept for the backward pass."""
+    stream: float = 0.0
+    """Values between the layers; 0: as other activations."""
 
 
 POLICIES: dict[str, Bytes] = {
@@ -33,9 +39,14 @@ POLICIES: dict[str, Bytes] = {
     "bfloat16": Bytes(weight=2, grad=2, master=0, state=2, activation=2, compute="bfloat16"),
     "float32": Bytes(weight=4, grad=4, master=0, state=4, activation=4, compute="float32"),
     "float8": Bytes(weight=2, grad=2, master=4, state=4, activation=2, compute="float8"),
+    "fsdp": Bytes(weight=4, grad=4, master=0, state=4, activation=2, compute="bfloat16", gathered=2),
+    "autocast": Bytes(weight=4, grad=4, master=0, state=4, activation=2, compute="bfloat16", cast=2, stream=4),
 }
 """mixed: 16 bytes with Adam (ZeRO, arXiv 1910.02054 §3.1); megatron: 18, float32 gradients (arXiv 2205.05198 §A);
-float8: products of linear layers in 8 bits, states as in mixed (Micikevicius et al. 2022, arXiv 2209.05433)."""
+float8: products of linear layers in 8 bits, states as in mixed (Micikevicius et al. 2022, arXiv 2209.05433);
+fsdp: float32 weights, gathered and computed with in 16 bits, gradients reduced in float32 (PyTorch's FSDP2 with
+MixedPrecisionPolicy(param_dtype=bfloat16, reduce_dtype=float32)); autocast: float32 weights, torch.autocast, whose
+16-bit copies of weights are kept from the forward to the backward pass, and whose residual stream stays float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +65,12 @@ class Training:
     flash: bool = True
     """Fused attention: scores are neither stored nor moved (Dao et al. 2022, arXiv 2205.14135)."""
     dropout: bool = False
+    fused: bool = True
+    """Norms and activation functions in one kernel each. False: RMSNorm or tanh-GELU written out in operators, as
+    transformers has them: each keeps its parts for the backward pass."""
+    bucket_view: bool = True
+    """Gradients live in the buffers that are reduced, as large engines do it and DDP with gradient_as_bucket_view.
+    False: beside them, DDP's default."""
     weight_bytes: float = 0.0
     """Bytes per frozen weight, where it is less than the policy's (0.5: QLoRA, arXiv 2305.14314); 0: the policy's."""
     bytes_per_token: float = 2.0

@@ -53,11 +53,15 @@ def watts(sheet: Sheet, device: Device, compute: str, memory: str) -> tuple[Esti
     sheet.line("u_m", memory, "1", "memory traffic over bandwidth")
     sheet.given("x_c", COMPUTE_SHARE, "1", "of the power above idle per unit of compute", "calibrated, see power.py")
     sheet.given("x_m", MEMORY_SHARE, "1", "of the power above idle at full bandwidth", "calibrated, see power.py")
-    value = sheet.line("W_dev", "W_idle + (W_max - W_idle) * min(1, x_c * u_c + x_m * u_m)", "W", "device at work")
+    formula = "W_idle + (W_max - W_idle) * min(1, x_c * u_c + x_m * u_m)"
+    if device.system_w is not None:  # a device cannot draw more than the system that holds it
+        sheet.given("W_sys", device.system_w.value, "W", "whole system at work, per device", device.system_w.source)
+        formula = f"min({formula}, W_sys / 1.1)"
+    value = sheet.line("W_dev", formula, "W", "device at work")
     low, high = DEVICE_SPREAD
     own = Estimate(
         value=value,
-        low=min(value, max(idle.low, value * low)),
+        low=min(value, max(min(idle.low, value), value * low)),
         high=max(value, min(limit.high, value * high)),
         how="modelled",
         source="power from utilisation",
@@ -65,7 +69,6 @@ def watts(sheet: Sheet, device: Device, compute: str, memory: str) -> tuple[Esti
     )
     if device.system_w is not None:
         system = device.system_w
-        sheet.given("W_sys", system.value, "W", "whole system at work, per device", system.source)
         rest = sheet.line("W_host", "max(W_sys - W_dev, 0.1 * W_dev)", "W", "rest of the server, per device")
         spread = max(system.high - system.value, system.value - system.low) / max(rest, 1.0)
         return own, Estimate.within(rest, min(0.9, max(0.3, spread)), "assumed", system.source)

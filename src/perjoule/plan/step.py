@@ -189,7 +189,7 @@ def _gradients(sheet: Sheet, layout: Layout) -> str:
     """Lines for the data-parallel group; returns the term to add."""
     line = sheet.line
     if layout.zero == 3:
-        line("t_dp", "m * (g_r - 1) / g_r * (2 * w_b * P_d + g_b * P_t) / bw_dp", "s",
+        line("t_dp", "m * (g_r - 1) / g_r * (2 * w_c * P_d + g_b * P_t) / bw_dp", "s",
              "weights gathered twice, gradients scattered, every micro-batch", "arXiv 1910.02054, §7")  # fmt: skip
         sheet.given("o", KERNELS.overlap, "1", "share of the pass that hides weights on their way", "assumed")
         line("t_x", "max(t_dp - o * t_m * m, 0.05 * t_dp)", "s", "of it in plain sight")

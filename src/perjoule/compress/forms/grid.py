@@ -160,7 +160,9 @@ def fitted(w_OI: Tensor, d_OI: Tensor | None, form: Grid) -> tuple[Tensor, Tenso
     ones = torch.ones(1, columns) if d_OI is None else d_OI
     d_XGg = torch.nn.functional.pad(ones, (0, pad)).reshape(ones.shape[0], -1, width)
     low, high = limits(form.bits, symmetric=form.symmetric)
-    best_OG = s_best = z_best = None
+    best_OG: Tensor | None = None
+    s_best: Tensor | None = None
+    z_best: Tensor | None = None
     for c in SHRINK:
         s_OG, z_OG = _grid(low_OG * c, high_OG * c, form)
         s, z = s_OG.float()[..., None], 0.0 if z_OG is None else z_OG.float()[..., None]
@@ -170,8 +172,9 @@ def fitted(w_OI: Tensor, d_OI: Tensor | None, form: Grid) -> tuple[Tensor, Tenso
             continue
         better = error_OG < best_OG
         best_OG = torch.where(better, error_OG, best_OG)
+        assert s_best is not None
         s_best = torch.where(better, s_OG, s_best)
-        z_best = None if z_OG is None else torch.where(better, z_OG, z_best)
+        z_best = None if z_OG is None or z_best is None else torch.where(better, z_OG, z_best)
     assert s_best is not None
     return s_best, z_best
 
