@@ -316,7 +316,7 @@ def test_unknown_methods_are_errors():
         applier.apply(recipe(step(Grid(), "2", saliency="taste")))
     with pytest.raises(ConfigError, match="unknown fit 'tailor'; known: nearest, second_order"):
         applier.apply(recipe(step(Grid(), "2", fit="tailor")))
-    with pytest.raises(ConfigError, match="unknown form 'Lattice'; known: Channels, Grid"):
+    with pytest.raises(ConfigError, match="unknown form 'Lattice'; known: Channels, Codebook"):
         applier.apply(recipe(Step(sites=("2",), form={"name": "Lattice"}, saliency="identity", fit="nearest")))
     with pytest.raises(ConfigError, match="Grid has no field 'bitz'; it has bits, group, activations"):
         applier.apply(recipe(Step(sites=("2",), form={"name": "Grid", "bitz": 8}, saliency="identity", fit="nearest")))

@@ -62,3 +62,17 @@ def inverse_factor(h_II: Tensor) -> Tensor:
     r_II = torch.linalg.cholesky((h + damp * identity).flip(0, 1)).flip(0, 1)
     u_II: Tensor = torch.linalg.solve_triangular(r_II, identity, upper=True)
     return u_II.float()
+
+
+def retargeted(w_OI: Tensor, h_II: Tensor, drift_II: Tensor, *, share: float = 0.5, damping: float = DAMPING) -> Tensor:
+    """The weights to fit when the layers in front have changed: what makes up for their errors, as far as W x can.
+
+    With x0 the inputs of the original network, x those that the compressed layers in front now give, and
+    D = E[(x0 - x) xᵀ], the least-squares answer to W x0 from x is  W + W D H^-1  (the normal equations). All of it
+    follows the noise of little calibration text; `share` of the way generalises better. Any form and fit take the
+    result in place of W. GPTAQ's asymmetric calibration, Li et al. 2025, arXiv:2504.02692, in front of the sweep.
+    """
+    h = h_II.double()
+    damp = damping * h.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    change_II: Tensor = torch.linalg.solve(h + damp * torch.eye(len(h), dtype=h.dtype), drift_II.double().T).T
+    return w_OI + share * (w_OI @ change_II.float())

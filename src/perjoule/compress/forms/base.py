@@ -10,7 +10,7 @@ Adding a form: one file here, one import line in __init__, one test file that su
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -104,9 +104,21 @@ class Form(abc.ABC):
     def describe(self) -> str:
         """For people: "int8 per channel"."""
 
+    def __and__(self, other: Form) -> Form:
+        """A mask and values for what it leaves: `Sparse(density=0.5) & Grid(bits=4)`; see compose.py."""
+        return OPERATORS["&"](self, other)
+
+    def __add__(self, other: Form) -> Form:
+        """A form and another for what it missed: `Grid(bits=4) + LowRank(share=0.05)`; see compose.py."""
+        return OPERATORS["+"](self, other)
+
     def config(self) -> dict[str, Any]:
         """Plain JSON from which `from_config` rebuilds an equal form."""
         return {"name": type(self).__name__, **asdict(self)}
+
+
+OPERATORS: dict[str, Callable[[Form, Form], Form]] = {}
+"""What `&` and `+` between forms make; compose.py fills it."""
 
 
 def from_config(config: Mapping[str, Any], known: Mapping[str, type[Form]]) -> Form:

@@ -225,7 +225,7 @@ class Grid(Form):
 
     def nearest(self, w_OI: Tensor, metric: Metric) -> GridPacked:
         # Rounding each weight by itself is optimal for every diagonal metric once the scales are fixed.
-        s_OG, z_OG = fitted(w_OI, metric.diagonal_OI, self)
+        s_OG, z_OG = fitted(w_OI, metric.diagonal_OI if self.clip else None, self)
         q_OI = codes(w_OI, s_OG, bits=self.bits, z_OG=z_OG, group=self.group)
         return GridPacked(q_OI=q_OI, s_OG=s_OG, z_OG=z_OG, bits=self.bits, group=self.group)
 

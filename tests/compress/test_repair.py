@@ -1,0 +1,79 @@
+"""What is repaired stays in its form, and what is stored is what was learned."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from perjoule.compress.container import load_into, save
+from perjoule.compress.forms import Codebook, Grid, Metric, Sparse
+from perjoule.compress.repair import repair
+from perjoule.core.errors import ConfigError
+from perjoule.train.loop import seeded
+
+with seeded(1):
+    X = torch.randn(256, 8)
+Y = X[:, :3].argmax(1)
+
+
+def loss(net, step):
+    at = torch.arange(step * 32, step * 32 + 32) % 256
+    return F.cross_entropy(net(X[at]), Y[at])
+
+
+def network():
+    with seeded(0):
+        return nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 3))
+
+
+FORMS = [
+    Sparse(density=0.3),
+    Codebook(values=6),
+    Codebook(values=4, rows=3, half=True),
+    Sparse(density=0.4) & Codebook(values=4, half=True),
+    Sparse(density=0.4) & Codebook(values=4, rows=3),
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.describe())
+def test_it_learns_within_its_form(form, tmp_path):
+    net = network()
+    packed = {}
+    for name in ("0.weight", "2.weight"):
+        w_OI = net.get_parameter(name).detach()
+        packed[name] = form.nearest(w_OI.clone(), Metric(diagonal_OI=torch.ones(1, w_OI.shape[1])))
+        w_OI.copy_(packed[name].dense())
+    tuned, fresh = repair(net, packed, loss, steps=150, learning_rate=1e-2)
+    with torch.no_grad():
+        before, after = (sum(float(loss(m, s)) for s in range(8)) for m in (net, tuned.model))
+    assert after < 0.8 * before
+    for name, one in fresh.items():
+        assert torch.equal(one.dense(), tuned.model.get_parameter(name))
+        assert one.nbytes == packed[name].nbytes == form.nbytes(*one.dense().shape)
+        mask = getattr(packed[name], "mask_OI", None)
+        if mask is not None:
+            assert not one.dense()[~mask].any()
+        assert not torch.equal(one.dense(), packed[name].dense())
+    save({**dict(tuned.model.state_dict()), **fresh}, tmp_path / "m.pjz")
+    loaded = network()
+    load_into(loaded, tmp_path / "m.pjz")
+    assert all(torch.equal(t, tuned.model.state_dict()[n]) for n, t in loaded.state_dict().items())
+
+
+def test_a_convolution_is_repaired_too():
+    with seeded(0):
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    w_OI = net[0].weight.detach().flatten(1)
+    packed = {
+        "0.weight": (Sparse(density=0.5) & Codebook(values=3)).nearest(w_OI, Metric(diagonal_OI=torch.ones(1, 9)))
+    }
+    x = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    tuned, fresh = repair(net, packed, lambda m, s: m(x).square().mean(), steps=5, learning_rate=1e-2)
+    assert torch.equal(fresh["0.weight"].dense().reshape(4, 1, 3, 3), tuned.model[0].weight)
+
+
+def test_a_form_that_cannot_learn_is_refused():
+    w_OI = network()[0].weight.detach()
+    packed = {"0.weight": Grid().nearest(w_OI, Metric(diagonal_OI=torch.ones(1, 8)))}
+    with pytest.raises(ConfigError, match="cannot learn here"):
+        repair(network(), packed, loss, steps=1, learning_rate=1e-2)
