@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 
 from perjoule.core.ledger import Ledger
 from perjoule.count.counter import count_module
@@ -24,7 +24,7 @@ def test_every_composite_knows_its_way_back():
     assert set(COMPOSITES) == set(BACKWARDS)
 
 
-@torch.library.custom_op("perjoule_test::gated", mutates_args=())
+@library.custom_op("perjoule_test::gated", mutates_args=())
 def gated(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """A user's fused kernel: (x W) * sigmoid(x W)."""
     y = x @ w
@@ -36,7 +36,7 @@ def _(x, w):
     return x.new_empty(x.shape[0], w.shape[1])
 
 
-@torch.library.custom_op("perjoule_test::gated_back", mutates_args=())
+@library.custom_op("perjoule_test::gated_back", mutates_args=())
 def gated_back(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Its way back."""
     return dy @ w.T, x.T @ dy
