@@ -18,7 +18,7 @@ from perjoule.core.ledger import Entry, Ledger
 from perjoule.core.reading import Estimate, Reading
 from perjoule.core.units import figure, size
 from perjoule.plan import power, shards
-from perjoule.plan.efficiency import KERNELS, matmul_share
+from perjoule.plan.efficiency import KERNELS, matmul_share, slowed
 from perjoule.plan.job import positive, whole
 from perjoule.plan.layout import Layout, Zero
 from perjoule.plan.memory import CONTEXT_BYTES, RESERVE
@@ -143,10 +143,14 @@ def plan_counted(
         line("C", "D / b * F_b", "FLOP", "the whole job")
     line("mfu", "C / (t_all * n * peak)", "1", "products over the dense peak")
     own, host = power.watts(sheet, device, "busy * F_b * x_p / (t_step * peak)", "busy * Q_b * x_p / (t_step * bw)")
-    total = Estimate.exact(1.0, "one second", "modelled") if job.serving else _slowed(sheet["t_all"])
+    total = (
+        Estimate.exact(1.0, "one second", "modelled")
+        if job.serving
+        else slowed(sheet["steps"] * sheet["t_step"], PRACTICE)
+    )
     joules, parts, carbon = power.energy(sheet, total, devices, own, host, place)
     need = _memory(sheet, job, device, devices)
-    rent = usd_per_device_hour or device.price_usd_h
+    money = power.rent(sheet, usd_per_device_hour or device.price_usd_h, total, devices)
     verb = "serve" if job.serving else "train"
     amount = f"at {figure(job.samples)} samples/s" if job.serving else f"on {figure(job.samples)} samples"
     step_s = sheet["t_step"] / PRACTICE.value
@@ -166,13 +170,13 @@ def plan_counted(
             boundary="facility",
             parts=parts,
             carbon_kgco2e=carbon,
-            money=Estimate.product(total.scaled(devices / 3600), rent) if rent else None,
-            currency="USD" if rent else "",
+            money=money,
+            currency="USD" if money else "",
         ),
         memory_bytes=need,
         capacity_bytes=device.memory_bytes.value if device.memory_bytes else 0.0,
         layout=Layout(data=devices, zero=job.zero, micro_batch=job.examples),
-        step_s=_slowed(step_s),
+        step_s=slowed(sheet["t_step"], PRACTICE),
         quantities={
             "device_hours": sheet["t_all"] / 3600 * devices,
             "mfu": sheet["mfu"],
@@ -190,18 +194,6 @@ def plan_counted(
             *ledger.notes,
         ),
         lines=sheet.lines,
-    )
-
-
-def _slowed(value_s: float) -> Estimate:
-    """A time in practice with the interval of PRACTICE."""
-    return Estimate(
-        value=value_s,
-        low=value_s * PRACTICE.value / PRACTICE.high,
-        high=value_s * PRACTICE.value / PRACTICE.low,
-        how="modelled",
-        source=PRACTICE.source,
-        level=PRACTICE.level,
     )
 
 

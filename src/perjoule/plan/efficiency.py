@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from perjoule.core.device import Device
+from perjoule.core.reading import Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +83,15 @@ def matmul_share(device: Device) -> tuple[float, str]:
     if any(e.how == "measured" for e in device.peak_flops.values()):
         return 1.0, "the peak was measured here with such products"
     return _UNKNOWN_SHARE
+
+
+def slowed(best_s: float, practice: Estimate) -> Estimate:
+    """A best case, at the shares above, divided by what `practice` leaves of it."""
+    return Estimate(
+        value=best_s / practice.value,
+        low=best_s / practice.high,
+        high=best_s / practice.low,
+        how=practice.how,
+        source=f"best case / {practice.source}",
+        level=practice.level,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from perjoule.core.errors import PerjouleError
 from perjoule.core.reading import Estimate, Reading
 from perjoule.plan.layout import Layout
 from perjoule.plan.sheet import Line
@@ -34,6 +35,26 @@ class Alternative:
     money: float | None = None
     fits: bool = True
     note: str = ""
+
+    @classmethod
+    def of(cls, plan: Plan, what: str, note: str = "") -> Alternative:
+        """What `plan` says; its time is the whole job's in training, one token's in serving."""
+        reading = plan.reading
+        return cls(
+            what=what,
+            devices=plan.devices,
+            time_s=reading.time_s.value if plan.kind == "training" else plan.quantities["token_s"],
+            energy_j=reading.energy_j.value,
+            memory_bytes=plan.memory_bytes,
+            carbon_kgco2e=reading.carbon_kgco2e.value if reading.carbon_kgco2e else None,
+            money=reading.money.value if reading.money else None,
+            note=note,
+        )
+
+    @classmethod
+    def refused(cls, what: str, error: PerjouleError) -> Alternative:
+        """One that cannot be planned, and why."""
+        return cls(what=what, devices=0, time_s=0, energy_j=0, memory_bytes=0, fits=False, note=str(error))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,3 +109,13 @@ def energy(
         sheet.line("CO2", f"E_all / {J_PER_KWH:.1f} * ci", "kg", "kg CO2e of the electricity")
         carbon = Estimate.product(servers_w.scaled(devices / J_PER_KWH), seconds, place.pue, place.kg_per_kwh)
     return total, parts, carbon
+
+
+def rent(sheet: Sheet, usd_per_device_hour: Estimate | None, seconds: Estimate, devices: int) -> Estimate | None:
+    """US dollars for `devices` over `seconds`; None where the price is not known."""
+    if usd_per_device_hour is None:
+        return None
+    price = usd_per_device_hour
+    sheet.given("usd_h", price.value, "USD", "rent of one device for one hour", price.source)
+    sheet.line("usd", "t_all / 3600 * n * usd_h", "USD", "rent of all of them")
+    return Estimate.product(seconds.scaled(devices / 3600), price)

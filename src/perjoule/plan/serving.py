@@ -21,7 +21,7 @@ from perjoule.core.errors import BadInput, CannotFit
 from perjoule.core.reading import Estimate, Reading
 from perjoule.core.units import duration, figure, size
 from perjoule.plan import power, work
-from perjoule.plan.efficiency import KERNELS, matmul_share
+from perjoule.plan.efficiency import KERNELS, matmul_share, slowed
 from perjoule.plan.job import SERVED, Goal, Serving
 from perjoule.plan.layout import Layout, divisors
 from perjoule.plan.memory import CONTEXT_BYTES, RESERVE
@@ -211,18 +211,9 @@ def _plan(job: Serving, device: Device, place: Place, sheet: Sheet, rent_given: 
     sheet.line("E_dev", "W_dev * n / (q * O)", "J", "per answered token, devices only")
     sheet.line("C", "q * (F_P + O * F_O)", "FLOP", "work of one second")
     sheet.line("mfu", "C / (n * peak)", "1", "model FLOP utilisation")
-    rent = rent_given or device.price_usd_h
-    money = None
-    if rent is not None:
-        sheet.given("usd_h", rent.value, "USD", "rent of one device for one hour", rent.source)
-        sheet.line("usd", "n * usd_h / 3600", "USD", "rent per second")
-        money = rent.scaled(count / 3600)
+    money = power.rent(sheet, rent_given or device.price_usd_h, second, count)
     flops = sheet["C"]
-    stretch = Estimate(
-        value=1.0, low=PRACTICE.value / PRACTICE.high, high=PRACTICE.value / PRACTICE.low, how="assumed",
-        source=PRACTICE.source, level=PRACTICE.level,
-    )  # fmt: skip
-    token_s = stretch.scaled(sheet["t_tok"])
+    token_s = slowed(sheet["t_tok"] * PRACTICE.value, PRACTICE)
     return Plan(
         kind="serving",
         job=f"serve {job.model.name} in {job.precision}: {job.requests_s:g} requests/s of "
@@ -277,12 +268,4 @@ def _plan(job: Serving, device: Device, place: Place, sheet: Sheet, rent_given: 
 def _alternative(job: Serving, device: Device, place: Place, sheet: Sheet) -> Alternative:
     plan = _plan(job, device, place, sheet, None)
     assert plan.layout is not None
-    return Alternative(
-        what=f"{plan.layout.data} × {plan.layout.tensor}, batch {plan.layout.micro_batch}",
-        devices=plan.devices,
-        time_s=plan.quantities["token_s"],
-        energy_j=plan.reading.energy_j.value,
-        memory_bytes=plan.memory_bytes,
-        carbon_kgco2e=plan.reading.carbon_kgco2e.value if plan.reading.carbon_kgco2e else None,
-        money=plan.reading.money.value if plan.reading.money else None,
-    )
+    return Alternative.of(plan, f"{plan.layout.data} × {plan.layout.tensor}, batch {plan.layout.micro_batch}")

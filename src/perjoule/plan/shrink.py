@@ -53,23 +53,7 @@ def alternatives(jobs: Iterator[tuple[str, J]], plan_of: Callable[[J], Plan]) ->
     found = []
     for label, job in jobs:
         try:
-            plan = plan_of(job)
+            found.append(Alternative.of(plan_of(job), label, UNKNOWN))
         except PerjouleError as error:
-            found.append(
-                Alternative(what=label, devices=0, time_s=0, energy_j=0, memory_bytes=0, fits=False, note=str(error))
-            )
-            continue
-        reading = plan.reading
-        found.append(
-            Alternative(
-                what=label,
-                devices=plan.devices,
-                time_s=reading.time_s.value if plan.kind == "training" else plan.quantities["token_s"],
-                energy_j=reading.energy_j.value,
-                memory_bytes=plan.memory_bytes,
-                carbon_kgco2e=reading.carbon_kgco2e.value if reading.carbon_kgco2e else None,
-                money=reading.money.value if reading.money else None,
-                note=UNKNOWN,
-            )
-        )
+            found.append(Alternative.refused(label, error))
     return tuple(found)

@@ -15,6 +15,7 @@ from perjoule.core.errors import BadInput, CannotFit
 from perjoule.core.reading import Estimate, Reading
 from perjoule.core.units import amount, size
 from perjoule.plan import memory, power, step, work
+from perjoule.plan.efficiency import slowed
 from perjoule.plan.job import POLICIES, Goal, Training
 from perjoule.plan.layout import Layout, every
 from perjoule.plan.plan import Alternative, Need, Plan
@@ -22,7 +23,7 @@ from perjoule.plan.power import Place
 from perjoule.plan.sheet import Sheet, shown
 
 PRACTICE = Estimate(
-    value=0.70, low=0.44, high=0.98, how="modelled", source="39 published runs over their best case", level=0.8
+    value=0.70, low=0.44, high=0.98, how="modelled", source="37 published runs over their best case", level=0.8
 )
 """Reached speed of whole runs over the best case of the best layout; docs/plan.md lists the runs."""
 CHOSEN = Estimate(
@@ -95,7 +96,10 @@ def plan_training(
         cluster,
         ranked[0][1],
         practice or PRACTICE,
-        tuple(_alternative(job, cluster, *r) for r in ranked[1 : KEPT + 1]),
+        tuple(
+            Alternative.of(_plan(job, cluster, layout, PRACTICE, ()), str(layout))
+            for _, layout, _ in ranked[1 : KEPT + 1]
+        ),
     )
 
 
@@ -182,17 +186,12 @@ def _plan(
     sheet.line("mfu_x", "mfu * x_p", "1", "model FLOP utilisation expected")
     sheet.line("hfu_x", "F_hw / (t_step / x_p * n * peak)", "1", "with recomputation: hardware FLOP utilisation")
     sheet.line("R", "C / t_all", "FLOP/s", "needed rate R = C / T")
-    step_s = _slowed(sheet["t_step"], practice)
+    step_s = slowed(sheet["t_step"], practice)
     seconds = step_s.scaled(job.steps)
     joules, parts, carbon = power.energy(sheet, seconds, cluster.count, own, host, place)
     sheet.line("eff", "C / E_all", "FLOP/J", "work per joule")
-    rent = cluster.usd_per_device_hour or device.price_usd_h
-    money = None
-    if rent is not None:
-        sheet.given("usd_h", rent.value, "USD", "rent of one device for one hour", rent.source)
-        sheet.line("usd", "t_all / 3600 * n * usd_h", "USD", "rent of all of them")
-        money = Estimate.product(seconds.scaled(cluster.count / 3600), rent)
-    elif place.usd_per_kwh is not None:
+    money = power.rent(sheet, cluster.usd_per_device_hour or device.price_usd_h, seconds, cluster.count)
+    if money is None and place.usd_per_kwh is not None:
         sheet.given("usd_kwh", place.usd_per_kwh.value, "USD", "electricity, per kWh", place.usd_per_kwh.source)
         sheet.line("usd", "E_all / 3600000 * usd_kwh", "USD", "electricity only")
         money = Estimate.product(joules.scaled(1 / 3.6e6), place.usd_per_kwh)
@@ -234,18 +233,6 @@ def _plan(
         alternatives=alternatives,
         assumptions=(*_assumptions(job, layout, practice, sheet), f"PUE {place.pue.value:g}: {place.pue.source}"),
         lines=sheet.lines,
-    )
-
-
-def _slowed(best_s: float, practice: Estimate) -> Estimate:
-    """The best case divided by what practice leaves of it."""
-    return Estimate(
-        value=best_s / practice.value,
-        low=best_s / practice.high,
-        high=best_s / practice.low,
-        how="modelled",
-        source=f"best case of the layout / {practice.source}",
-        level=practice.level,
     )
 
 
@@ -309,17 +296,4 @@ def _assumptions(job: Training, layout: Layout, practice: Estimate, sheet: Sheet
         + ("fused attention" if job.flash else "attention scores in memory")
         + (", dropout" if job.dropout else ", no dropout"),
         *(f"{line.meaning}: {shown(line)}" for line in given),
-    )
-
-
-def _alternative(job: Training, cluster: Cluster, cost: float, layout: Layout, sheet: Sheet) -> Alternative:
-    plan = _plan(job, cluster, layout, PRACTICE, ())
-    return Alternative(
-        what=str(layout),
-        devices=cluster.count,
-        time_s=plan.reading.time_s.value,
-        energy_j=plan.reading.energy_j.value,
-        memory_bytes=plan.memory_bytes,
-        carbon_kgco2e=plan.reading.carbon_kgco2e.value if plan.reading.carbon_kgco2e else None,
-        money=plan.reading.money.value if plan.reading.money else None,
     )

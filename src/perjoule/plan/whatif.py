@@ -69,24 +69,9 @@ def over_devices(names: Iterable[str], plan_on: Callable[[Device], Plan], goal: 
     for name in names:
         device = catalogue.device(name)
         try:
-            plan = plan_on(device)
+            found.append(Alternative.of(plan_on(device), name))
         except PerjouleError as error:
-            found.append(
-                Alternative(what=name, devices=0, time_s=0, energy_j=0, memory_bytes=0, fits=False, note=str(error))
-            )
-            continue
-        reading = plan.reading
-        found.append(
-            Alternative(
-                what=name,
-                devices=plan.devices,
-                time_s=reading.time_s.value if plan.kind == "training" else plan.quantities["token_s"],
-                energy_j=reading.energy_j.value,
-                memory_bytes=plan.memory_bytes,
-                carbon_kgco2e=reading.carbon_kgco2e.value if reading.carbon_kgco2e else None,
-                money=reading.money.value if reading.money else None,
-            )
-        )
+            found.append(Alternative.refused(name, error))
     return tuple(sorted(found, key=lambda a: (not a.fits, _by(goal)(a))))
 
 
@@ -101,22 +86,21 @@ def _by(goal: Goal) -> Callable[[Alternative], float]:
 def over_places(plan: Plan, names: Iterable[str] = (), year: int | None = None) -> tuple[Alternative, ...]:
     """The same joules in other places, cleanest first: `names`, or every country and region there is."""
     chosen = {name: name for name in names} or {row.code: f"{row.name} ({row.code})" for row in grid.places()}
-    kwh = plan.reading.energy_j.value / J_PER_KWH
     found = []
     for name, label in chosen.items():
         factor = grid.intensity(name, year)
-        found.append(
-            Alternative(
-                what=label,
-                devices=plan.devices,
-                time_s=plan.reading.time_s.value,
-                energy_j=plan.reading.energy_j.value,
-                memory_bytes=plan.memory_bytes,
-                carbon_kgco2e=kwh * factor.value,
-                note=f"{1000 * factor.value:.0f} g/kWh; {factor.source}",
-            )
-        )
+        found.append(_emitting(plan, label, factor.value, f"; {factor.source}"))
     return tuple(sorted(found, key=lambda a: a.carbon_kgco2e or 0.0))
+
+
+def _emitting(plan: Plan, what: str, kg_per_kwh: float, note: str) -> Alternative:
+    """The same joules from other electricity, whose price is not known."""
+    return replace(
+        Alternative.of(plan, what, f"{1000 * kg_per_kwh:.0f} g/kWh{note}"),
+        time_s=plan.reading.time_s.value,
+        carbon_kgco2e=plan.reading.energy_j.value / J_PER_KWH * kg_per_kwh,
+        money=None,
+    )
 
 
 def best_hour(plan: Plan, path: str) -> tuple[Alternative, Alternative]:
@@ -130,22 +114,7 @@ def best_hour(plan: Plan, path: str) -> tuple[Alternative, Alternative]:
     clean = grid.cheapest_window(series, hours)
     means = [sum(h.kg_per_kwh for h in series[i : i + hours]) / hours for i in range(len(series) - hours + 1)]
     worst = max(range(len(means)), key=means.__getitem__)
-    kwh = plan.reading.energy_j.value / J_PER_KWH
-
-    def of(start: str, mean: float) -> Alternative:
-        return Alternative(
-            what=f"start {start}",
-            devices=plan.devices,
-            time_s=plan.reading.time_s.value,
-            energy_j=plan.reading.energy_j.value,
-            memory_bytes=plan.memory_bytes,
-            carbon_kgco2e=kwh * mean,
-            note=f"{1000 * mean:.0f} g/kWh over {hours} h",
-        )
-
-    return of(clean.start, clean.kg_per_kwh), of(series[worst].at, means[worst])
-
-
-def smaller(plan: Plan, shrunk: tuple[Alternative, ...]) -> Plan:
-    """`plan` with what smaller models would do to the job."""
-    return replace(plan, shrunk=shrunk)
+    return (
+        _emitting(plan, f"start {clean.start}", clean.kg_per_kwh, f" over {hours} h"),
+        _emitting(plan, f"start {series[worst].at}", means[worst], f" over {hours} h"),
+    )
