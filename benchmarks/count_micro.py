@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from modules import Call, weight
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -20,23 +21,6 @@ from torch import nn
 from perjoule.count.counter import count_module
 
 warnings.filterwarnings("ignore")
-
-
-class Call(nn.Module):
-    """A module around one function of (module, x)."""
-
-    def __init__(self, function: Callable, **children) -> None:
-        super().__init__()
-        self.function = function
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def weight(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape))
 
 
 def attention(heads: int, kv_heads: int, width: int) -> Call:

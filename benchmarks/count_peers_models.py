@@ -11,26 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from modules import Call, weight
 from torch import nn
 
 Case = Callable[[], tuple[Any, Any, int, int | None]]
-
-
-class Call(nn.Module):
-    """A module around one function of (module, x)."""
-
-    def __init__(self, function: Callable, **children: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def weight(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(shape))
 
 
 def mlp():

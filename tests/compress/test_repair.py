@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from tests.train.blobs import Blobs
 from torch import nn
 
 from perjoule.compress.container import load_into, save
@@ -11,14 +11,8 @@ from perjoule.compress.repair import repair
 from perjoule.core.errors import ConfigError
 from perjoule.train.loop import seeded
 
-with seeded(1):
-    X = torch.randn(256, 8)
-Y = X[:, :3].argmax(1)
-
-
-def loss(net, step):
-    at = torch.arange(step * 32, step * 32 + 32) % 256
-    return F.cross_entropy(net(X[at]), Y[at])
+TASK = Blobs()
+X, Y, loss, score = TASK.X, TASK.Y, TASK.loss, TASK.score
 
 
 def network():

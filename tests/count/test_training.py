@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.count.networks import Asks, CellLoop
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -202,18 +203,7 @@ def test_projected_and_packed_recurrence():
 
 @pytest.mark.parametrize(("kind", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
 def test_cells_in_a_loop_are_the_layer(kind, gates):
-    class Loop(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cell = kind(6, 5)
-
-        def forward(self, x):
-            state = None
-            for step in x:
-                state = self.cell(step, state)
-            return state
-
-    ledger = trained(Loop(), x=torch.randn(7, 2, 6))
+    ledger = trained(CellLoop(kind), x=torch.randn(7, 2, 6))
     assert products(ledger)[1] == 2 * gates * 5 * (7 * 2 * (6 + 5) + 6 * 2 * 5)
     assert {e.module for e in ledger.entries if e.during == "backward" and e.matmul_flops} == {"cell"}
 
@@ -366,21 +356,7 @@ def test_same_products_as_torch_on_meta(name):
 
 
 def test_fallback_to_values_counts_the_same():
-    class Asks(nn.Module):
-        def __init__(self, ask):
-            super().__init__()
-            self.ask = ask
-            self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
-            self.lstm = nn.LSTM(16, 8, batch_first=True)
-            self.conv = nn.Conv1d(8, 4, 3)
-
-        def forward(self, x):
-            y = self.lstm(self.layer(x))[0]
-            if self.ask:
-                bool(y.isnan().any())
-            return self.conv(y.transpose(1, 2).contiguous())
-
-    plain, asking = (count_module(Asks(ask), {"x": torch.randn(2, 6, 16)}, phase="train") for ask in (False, True))
+    plain, asking = (count_module(Asks(ask, 0.0), {"x": torch.randn(2, 6, 16)}, phase="train") for ask in (False, True))
     assert any("real weights" in note for note in asking.notes)
     assert products(asking) == products(plain)
     assert asking.coverage == 1.0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.count.networks import CellLoop
 from torch import nn
 
 from perjoule.count.counter import count_module
@@ -171,18 +172,7 @@ def test_sparse_csr_counts_stored_values_and_names_the_dense_equivalent(product)
 
 @pytest.mark.parametrize(("kind", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
 def test_cell_in_a_loop(kind, gates):
-    class Loop(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cell = kind(6, 5)
-
-        def forward(self, x):
-            state = None
-            for step in x:
-                state = self.cell(step, state)
-            return state
-
-    ledger = count_module(Loop(), {"x": torch.randn(7, 2, 6)})
+    ledger = count_module(CellLoop(kind), {"x": torch.randn(7, 2, 6)})
     assert ledger.matmul_flops == 7 * 2 * 2 * gates * 5 * (6 + 5)
     assert ledger.entries[0].module == "cell"
 

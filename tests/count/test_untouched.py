@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from tests.count.networks import Asks
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.overrides import _get_current_function_mode_stack
@@ -144,21 +145,7 @@ def test_wrong_batch_is_one_clear_line():
 def test_fallback_agrees_with_shapes():
     """The same model, with and without a question to its values, costs the same."""
 
-    class Asks(nn.Module):
-        def __init__(self, ask):
-            super().__init__()
-            self.ask = ask
-            self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-            self.lstm = nn.LSTM(16, 8, batch_first=True)
-            self.conv = nn.Conv1d(8, 4, 3)
-
-        def forward(self, x):
-            y = self.lstm(self.layer(x))[0]
-            if self.ask:
-                bool(y.isnan().any())
-            return self.conv(y.transpose(1, 2).contiguous())
-
-    plain, asking = (count_module(Asks(ask).eval(), {"x": torch.randn(2, 6, 16)}) for ask in (False, True))
+    plain, asking = (count_module(Asks(ask, 0.1).eval(), {"x": torch.randn(2, 6, 16)}) for ask in (False, True))
     assert any("real weights" in note for note in asking.notes)
     assert asking.matmul_flops == plain.matmul_flops
     assert asking.coverage == 1.0

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from tests.train.blobs import Blobs
 from torch import nn
 
 from perjoule.core.errors import ConfigError, NothingMatched
@@ -17,18 +17,8 @@ def model():
         return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
-with seeded(1):
-    X = torch.randn(256, 6)
-Y = X[:, :3].argmax(1)
-
-
-def loss(net, step):
-    at = torch.arange(step * 32, step * 32 + 32) % 256
-    return F.cross_entropy(net(X[at]), Y[at])
-
-
-def score(net):
-    return float((net(X).argmax(1) == Y).double().mean())
+TASK = Blobs(6)
+X, Y, loss, score = TASK.X, TASK.Y, TASK.loss, TASK.score
 
 
 def mask(shape=(16, 6), seed=3):

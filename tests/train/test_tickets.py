@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from tests.train.blobs import Blobs
 from torch import nn
 
 from perjoule.core.errors import ConfigError, NothingMatched
@@ -18,18 +18,8 @@ def factory(seed):
         return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
 
 
-with seeded(1):
-    X = torch.randn(256, 8)
-Y = X[:, :3].argmax(1)
-
-
-def loss(net, step):
-    at = torch.arange(step * 32, step * 32 + 32) % 256
-    return F.cross_entropy(net(X[at]), Y[at])
-
-
-def score(net):
-    return float((net(X).argmax(1) == Y).double().mean())
+TASK = Blobs()
+X, Y, loss, score = TASK.X, TASK.Y, TASK.loss, TASK.score
 
 
 HOW = Tickets(density=0.2, rounds=3, steps=60, learning_rate=1e-2)
