@@ -1,6 +1,7 @@
 """`perjoule measure` from outside."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from perjoule.core.codec import from_json
 from perjoule.measure.command import Measured
+from perjoule.measure.steady import Versus
 
 MAIN = """
 from perjoule.cli import main as face
@@ -21,7 +23,7 @@ face.main()
 
 def perjoule(*arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-c", MAIN, "measure", *arguments], input=stdin, capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", MAIN, "measure", *arguments], input=stdin, capture_output=True, text=True, timeout=60
     )
 
 
@@ -85,3 +87,33 @@ def test_mistakes_are_one_clear_line_and_code_2(arguments: list[str], message: s
     assert done.stdout == ""
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_protocol_repeats_the_command_and_shows_the_noise(tmp_path):
+    log = tmp_path / "runs"
+    done = perjoule("--protocol", "quick", "--repeats", "2", "--", "sh", "-c", f"echo x >> {log}; sleep 0.6")
+    assert done.returncode == 0, done.stderr
+    assert "noise" in done.stderr
+    assert "over 2 repeats, 4 runs in all" in done.stderr
+    assert log.read_text().count("x") == 5  # and one to warm up
+
+
+def test_of_two_commands_the_one_that_works_less_is_better():
+    busy = [sys.executable, "-c", "sum(i*i for i in range(4_000_000))"]
+    idle = shlex.join([sys.executable, "-c", "pass"])
+    done = perjoule("--json", "--against", idle, "--", *busy)
+    found = from_json(Versus, json.loads(done.stdout))
+    assert found.energy.high < 1
+    assert found.verdict == "B better"
+
+
+def test_a_failing_command_ends_a_protocol_with_its_code():
+    done = perjoule("--protocol", "quick", "--", "sh", "-c", "exit 7")
+    assert done.returncode == 7
+    assert done.stderr.strip() == "perjoule: 'sh -c 'exit 7'' ended with exit code 7; a protocol needs runs that succeed"
+
+
+def test_an_unknown_protocol_is_refused():
+    done = perjoule("--protocol", "slow", "--", "true")
+    assert done.returncode == 2
+    assert "unknown protocol 'slow'; known: mlperf, quick" in done.stderr

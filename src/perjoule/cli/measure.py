@@ -1,5 +1,8 @@
 """`perjoule measure -- COMMAND`: run any command and say what it drew.
 
+With --protocol it is run again and again, for an interval that holds; with --against another command takes turns with
+it, for a verdict.
+
 The command runs as if we were not there: its input, output, error, signals and exit code are untouched. The figure
 goes to standard error when it has ended. With --json the one document on standard output is ours, so what the command
 writes there goes to standard error; --json-file leaves both streams alone.
@@ -11,16 +14,22 @@ Register with context_settings=CONTEXT: parsing stops at the command, so its opt
 from __future__ import annotations
 
 import os
+import shlex
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from perjoule.cli.face import JsonFlag, console, emit
 from perjoule.core import atomic, units
 from perjoule.core.codec import to_json
-from perjoule.core.errors import BadInput
-from perjoule.core.reading import Estimate, Reading
+from perjoule.core.errors import BadInput, UnknownName
+from perjoule.core.reading import Boundary, Estimate, Reading
+
+if TYPE_CHECKING:
+    from perjoule.measure.command import Measured
+    from perjoule.measure.steady import Protocol, Steady, Versus
 
 CONTEXT: dict[str, Any] = {"allow_interspersed_args": False}
 
@@ -30,6 +39,13 @@ def measure(
     device_only: Annotated[
         bool, typer.Option("--device", help="Chips and memory only: no board, no supply losses.")
     ] = False,
+    protocol: Annotated[
+        str, typer.Option(help="quick (5 repeats of 1 s at least) or mlperf (5 of 60 s, warm-up, cool-down).")
+    ] = "",
+    repeats: Annotated[int, typer.Option(min=0, help="Other than the protocol's.")] = 0,
+    against: Annotated[
+        str, typer.Option(metavar="COMMAND", help="Another command, as one word: which of the two draws less?")
+    ] = "",
     as_json: JsonFlag = False,
     json_file: Annotated[
         Path | None, typer.Option("--json-file", help="Write the JSON document here; streams stay untouched.")
@@ -39,20 +55,65 @@ def measure(
 
     The command's exit code is ours. With --json its standard output goes to standard error.
     """
-    from perjoule.measure.command import run
+    from perjoule.measure.command import Measured, repeated, run
 
     if json_file is not None:
         folder = json_file.parent
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise BadInput(f"--json-file {json_file}: cannot write into folder {folder}")
-    measured = run(command, boundary="device" if device_only else "host", stdout=2 if as_json else None)
-    if json_file is not None:
-        atomic.write_json(json_file, to_json(measured))
-    if as_json:
-        emit(measured, True, lambda _: None)
+    boundary: Boundary = "device" if device_only else "host"
+    stdout = 2 if as_json else None
+    found: Measured | Steady | Versus
+    if protocol or against or repeats:
+        chosen = _protocol(protocol or "quick", repeats)
+        found = repeated(command, chosen, against=shlex.split(against), boundary=boundary, stdout=stdout)
     else:
-        console().print("\n".join(lines(measured.reading)), markup=False, soft_wrap=True)
-    raise typer.Exit(measured.exit_code)
+        found = run(command, boundary=boundary, stdout=stdout)
+    if json_file is not None:
+        atomic.write_json(json_file, to_json(found))
+    if as_json:
+        emit(found, True, lambda _: None)
+    else:
+        console().print("\n".join(_told(found)), markup=False, soft_wrap=True)
+    raise typer.Exit(found.exit_code if isinstance(found, Measured) else 0)
+
+
+def _protocol(name: str, repeats: int) -> Protocol:
+    from perjoule.measure.steady import PROTOCOLS
+
+    if name not in PROTOCOLS:
+        raise UnknownName.of("protocol", name, PROTOCOLS)
+    return replace(PROTOCOLS[name], repeats=repeats) if repeats else PROTOCOLS[name]
+
+
+def _told(found: Measured | Steady | Versus) -> list[str]:
+    from perjoule.measure.steady import Steady, Versus
+
+    if isinstance(found, Versus):
+        return [
+            *(f"{name}       {line}" for name, of in (("A", found.a), ("B", found.b)) for line in _run(of)[:1]),
+            f"B / A   energy {_ratio(found.energy)}, time {_ratio(found.time)}",
+            f"verdict energy: {found.verdict}; time: {found.faster}",
+            f"from    {found.a.energy_j.source}",
+            *(f"note    {note}" for note in found.a.notes),
+        ]
+    if isinstance(found, Steady):
+        first, *rest = _run(found)
+        return [f"a run   {first}", *rest, *(f"note    {note}" for note in found.notes)]
+    return lines(found.reading)
+
+
+def _run(found: Steady) -> list[str]:
+    energy, runs = found.energy_j, sum(r.runs for r in found.repeats)
+    return [
+        f"{_with_interval(energy)}, {energy.how}, boundary: {found.boundary}; {units.duration(found.time_s.value)}",
+        f"noise   ± {units.percent(found.noise)} over {len(found.repeats)} repeats, {runs} runs in all",
+        f"from    {energy.source}",
+    ]
+
+
+def _ratio(found: Estimate) -> str:
+    return f"{found.value:.3f} ({units.percent(found.level, 0)} interval {found.low:.3f} to {found.high:.3f})"
 
 
 def lines(reading: Reading) -> list[str]:

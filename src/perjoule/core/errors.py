@@ -14,6 +14,7 @@
     ├── CannotWrite                   a folder that is read-only, or no folder
     ├── DiskFull                          writing failed; the last good state is still there
     ├── MeterError                        a sensor that vanished or lies
+    ├── CommandFailed                     a command that was to be measured several times ended badly
     └── MissingExtra (also ImportError)   an optional library is not installed
 
 A message says what was given, what is allowed and what to do. The command line prints it as one line and
@@ -93,6 +94,14 @@ class CannotWrite(PerjouleError):
 
 class MeterError(PerjouleError):
     """A sensor vanished, was refused, or gave an impossible reading."""
+
+
+class CommandFailed(PerjouleError):
+    """A measured command failed; `exit_code` is its own."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class MissingExtra(PerjouleError, ImportError):

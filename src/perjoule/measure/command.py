@@ -11,18 +11,20 @@ then the command, being in the same group, has its own copy. We outlive all of t
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
-from perjoule.core.errors import BadInput
+from perjoule.core.errors import BadInput, CommandFailed
 from perjoule.core.reading import Boundary, Reading
 from perjoule.measure.meter import Meter
+from perjoule.measure.steady import Protocol, Steady, Versus, Work, steady, versus
 
 _FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGQUIT")
 _FROM_KEYS = ("SIGINT", "SIGQUIT")
@@ -42,10 +44,51 @@ def run(command: Sequence[str], *, boundary: Boundary = "host", stdout: int | No
 
     Raises BadInput, before anything is measured, if there is no such command.
     """
+    check(command)
+    with spawning(stdout) as spawn, Meter(boundary=boundary) as meter:
+        code = spawn(command)
+        reading = meter.stop()
+    return Measured(command=tuple(command), exit_code=code, reading=reading)
+
+
+def repeated(
+    command: Sequence[str],
+    protocol: Protocol,
+    *,
+    against: Sequence[str] = (),
+    boundary: Boundary = "host",
+    stdout: int | None = None,
+) -> Steady | Versus:
+    """`command` by a protocol: alone, or compared with `against`. Raises CommandFailed when a run fails."""
+    for one in (command, against):
+        if one or one is command:
+            check(one)
+    with spawning(stdout) as spawn, Meter(boundary=boundary) as meter:
+
+        def work(one: Sequence[str]) -> Work:
+            def once() -> None:
+                code = spawn(one)
+                if code:
+                    raise CommandFailed(f"'{shlex.join(one)}' ended with exit code {code}; a protocol needs runs that succeed", code)
+
+            return once
+
+        if against:
+            return versus(work(command), work(against), protocol, meter)
+        return steady(work(command), protocol, meter)
+
+
+def check(command: Sequence[str]) -> None:
+    """Raise BadInput if there is nothing to run."""
     if not command:
         raise BadInput("no command given; write: perjoule measure -- COMMAND [ARGUMENT ...]")
     if shutil.which(command[0]) is None:
         raise BadInput(f"cannot run '{command[0]}': no such command, or not executable")
+
+
+@contextmanager
+def spawning(stdout: int | None) -> Iterator[Callable[[Sequence[str]], int]]:
+    """A function that runs a command to its end and returns its exit code; signals go on to the command meanwhile."""
     pending: list[int] = []
     child: list[subprocess.Popen[bytes]] = []
 
@@ -56,16 +99,19 @@ def run(command: Sequence[str], *, boundary: Boundary = "host", stdout: int | No
             with suppress(ProcessLookupError):
                 child[0].send_signal(number)
 
-    with _handling(pass_on), Meter(boundary=boundary) as meter:
+    def spawn(command: Sequence[str]) -> int:
         try:
             child.append(subprocess.Popen(list(command), stdout=stdout, close_fds=False))
         except OSError as error:
             raise BadInput(f"cannot run '{command[0]}': {error.strerror}") from error
-        for number in pending:
-            child[0].send_signal(number)
+        while pending:
+            child[0].send_signal(pending.pop(0))
         code = child[0].wait()
-        reading = meter.stop()
-    return Measured(command=tuple(command), exit_code=code if code >= 0 else 128 - code, reading=reading)
+        child.clear()
+        return code if code >= 0 else 128 - code
+
+    with _handling(pass_on):
+        yield spawn
 
 
 @contextmanager
