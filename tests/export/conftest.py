@@ -83,7 +83,7 @@ class Prepared:
         form, steps = VERSIONS[version], []
         if isinstance(form, Channels):
             for group in self.applier.groups.values():
-                cut = Channels(keep=group.channels // 2, block=group.block)
+                cut = Channels(keep=max(1, group.channels // 2))
                 steps.append(Step(sites=(group.name,), form=cut.config(), saliency="second_order", fit="second_order"))
         for site in self.applier.sites.values():
             own = _form_for(site, form)

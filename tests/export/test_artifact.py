@@ -201,7 +201,6 @@ class _Cells(nn.Module):
 
 
 UNSUPPORTED = [
-    (nn.Sequential(nn.Conv2d(4, 4, 2)), Grid(bits=4), "0", torch.randn(2, 4, 4, 4), "one 8-bit scale per channel"),
     (
         nn.Sequential(nn.Embedding(8, 16)),
         Sparse(density=0.5),

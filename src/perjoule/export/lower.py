@@ -7,6 +7,7 @@
     tables          Gather codes and scales, multiply; int4 codes are unpacked by nibble behind the Gather
     sparse          sparse initializer
     recurrent       see recurrent.py
+    all others      decoded to float inside the graph: see decode.py
 
 Standard ONNX operators of opset 21. What is stored is Packed.tensors(), as many bytes in the layout that the operator
 reads; the few shape constants added carry the prefix that counts them to the container.
@@ -30,71 +31,9 @@ from perjoule.compress.forms.grid import ActivationGrid, GridPacked
 from perjoule.compress.forms.sparse import SparsePacked
 from perjoule.compress.sites import Site
 from perjoule.core.errors import ExportError
-from perjoule.export.graph import CONSTANT, Graph, prune
-
-
-class Writer:
-    """Emits nodes and constants for one graph; knows what it has already emitted for an input."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.before: dict[str, list[NodeProto]] = {}
-        """New nodes by first output of the node they replace."""
-        self.stored: set[str] = {t.name for t in graph.graph.initializer}
-        self.made: dict[Any, Any] = {}
-        self._serial = 0
-        self._place: list[NodeProto] = []
-
-    def at(self, node: NodeProto) -> None:
-        """Emit in place of `node` from now on."""
-        self._place = self.before.setdefault(node.output[0], [])
-
-    def emit(self, op: str, *inputs: str, outputs: Sequence[str] = (), domain: str = "", **attributes: Any) -> str:
-        """Add a node; returns its first output."""
-        self._serial += 1
-        names = list(outputs) or [f"pj{self._serial}"]
-        self._place.append(helper.make_node(op, list(inputs), names, domain=domain, **attributes))
-        return names[0]
-
-    def keep(self, node: NodeProto) -> None:
-        """Add a node as it is."""
-        self._place.append(node)
-
-    def store(self, name: str, array: Any) -> str:
-        """Add a constant once; returns its name."""
-        if name not in self.stored:
-            tensor = numpy_helper.from_array(np.asarray(array, order="C"), name)
-            self.graph.graph.initializer.append(tensor)
-            self.stored.add(name)
-        return name
-
-    def constant(self, value: Any, dtype: type) -> str:
-        """A small constant of the container."""
-        array: Any = np.asarray(value, dtype=dtype)
-        return self.store(f"{CONSTANT}{array.dtype}{array.tolist()}".replace(" ", ""), array)
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """`make()` at its first use; inputs shared by several layers are quantised once."""
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
-
-    def finish(self) -> None:
-        """Put the new nodes where the replaced ones were, and drop what nobody reads any more."""
-        nodes: list[NodeProto] = []
-        for node in self.graph.graph.node:
-            nodes += self.before.get(node.output[0], [node])
-        kept = [detached(n) for n in nodes]
-        del self.graph.graph.node[:]
-        self.graph.graph.node.extend(kept)
-        prune(self.graph.graph)
-
-
-def detached(node: NodeProto) -> NodeProto:
-    """A node detached from its graph, so that the graph's list can be rebuilt."""
-    fresh = NodeProto()
-    fresh.CopyFrom(node)
-    return fresh
+from perjoule.export.decode import decode
+from perjoule.export.graph import CONSTANT, Graph
+from perjoule.export.writer import Writer, detached
 
 
 def lower_matrix(writer: Writer, site: Site, packed: Packed, activations: str) -> None:
@@ -105,15 +44,15 @@ def lower_matrix(writer: Writer, site: Site, packed: Packed, activations: str) -
         raise ExportError(f"{site.name}: its {' or '.join(kinds)} is not found in the exported graph")
     if len({_stored(writer, n).tobytes() for n in nodes}) > 1:
         raise ExportError(f"{site.name}: it is called {len(nodes)} times, and only some calls are followed by a norm")
-    packed = _scaled(packed, _row_factors(writer, nodes[0], site, packed))
+    c_O = _row_factors(writer, nodes[0], site, packed)
     for node in nodes:
         writer.at(node)
         if isinstance(packed, SparsePacked):
-            _sparse(writer, node, site, packed)
-        elif isinstance(packed, GridPacked):
-            (_conv if site.kind == "conv" else _linear)(writer, node, site, packed, activations)
+            _sparse(writer, node, site, replace(packed, w_OI=packed.w_OI * torch.from_numpy(c_O)[:, None]))
+        elif isinstance(packed, GridPacked) and _integer(packed, site):
+            (_conv if site.kind == "conv" else _linear)(writer, node, site, _scaled(packed, c_O), activations)
         else:
-            raise ExportError(f"{site.name}: no lowering for {type(packed).__name__}")
+            _float(writer, node, site, packed, activations, c_O)
 
 
 def _reads_weight(writer: Writer, node: NodeProto, site: Site) -> bool:
@@ -143,17 +82,23 @@ def _row_factors(writer: Writer, node: NodeProto, site: Site, packed: Packed) ->
     return np.where(np.abs(c_O - 1) < 1e-6, 1.0, c_O).astype(np.float32)
 
 
-def _scaled(packed: Packed, c_O: Any) -> Packed:
+def _scaled(packed: GridPacked, c_O: Any) -> GridPacked:
     """`packed` with its rows multiplied by c_O; codes stay codes."""
-    if (c_O == 1).all():
-        return packed
     c_O1 = torch.from_numpy(c_O)[:, None]
-    if isinstance(packed, GridPacked):
-        sign_O1 = torch.where(c_O1 < 0, -1, 1).to(torch.int8)
-        return replace(packed, q_OI=packed.q_OI * sign_O1, s_OG=packed.s_OG * c_O1.abs())
-    if isinstance(packed, SparsePacked):
-        return replace(packed, w_OI=packed.w_OI * c_O1)
-    return packed
+    sign_O1 = torch.where(c_O1 < 0, -1, 1).to(torch.int8)
+    return replace(packed, q_OI=packed.q_OI * sign_O1, s_OG=packed.s_OG * c_O1.abs())
+
+
+def _integer(packed: GridPacked, site: Site) -> bool:
+    """Whether runtimes have an operator that reads these codes as they are."""
+    rows, columns = packed.q_OI.shape
+    groups = packed.s_OG.shape[1]
+    if packed.z_OG is not None or packed.s_OG.dtype != torch.float32 or columns % groups:
+        return False
+    if packed.bits == 8:
+        return groups == 1 or site.kind != "conv"
+    whole_bytes = columns % 2 == 0 if site.kind == "table" else rows * columns % 2 == 0
+    return packed.bits == 4 and site.kind != "conv" and whole_bytes
 
 
 def _attribute(node: NodeProto, name: str, default: Any) -> Any:
@@ -209,24 +154,18 @@ def _decoded(writer: Writer, site: Site, packed: GridPacked) -> str:
         return str(writer.once(("decoded", site.name), lambda: writer.emit("DequantizeLinear", q, s, axis=1)))
     import ml_dtypes
 
-    rows, columns = packed.q_OI.shape
+    columns = packed.q_OI.shape[1]
     s_GO = packed.s_OG.numpy().T
     kind: Any = ml_dtypes.int4 if packed.bits == 4 else np.int8
     q = writer.store(f"{site.name}.codes", packed.q_OI.numpy().T.astype(kind))
     s = writer.store(f"{site.name}.scales", s_GO)
     block = columns // s_GO.shape[0]
-    if packed.bits == 4 and rows % 2 and columns % 2:
-        raise ExportError(f"{site.name}: an odd number of int4 codes cannot be packed")
     return str(
         writer.once(("decoded", site.name), lambda: writer.emit("DequantizeLinear", q, s, axis=0, block_size=block))
     )
 
 
 def _conv(writer: Writer, node: NodeProto, site: Site, packed: GridPacked, activations: str) -> None:
-    if packed.bits != 8 or packed.s_OG.shape[1] != 1:
-        raise ExportError(
-            f"{site.name}: convolutions have one 8-bit scale per channel, not {packed.bits} bits in groups"
-        )
     x, out = node.input[0], node.output[0]
     bias = node.input[2] if len(node.input) > 2 else ""
     weight = next(t for t in writer.graph.graph.initializer if t.name == node.input[1])
@@ -247,6 +186,26 @@ def _conv(writer: Writer, node: NodeProto, site: Site, packed: GridPacked, activ
         x = _static_input(writer, x, packed.activation, site)
     decoded = writer.once(("decoded", site.name), lambda: writer.emit("DequantizeLinear", q, s, axis=0))
     writer.emit("Conv", x, decoded, *([bias] if bias else []), outputs=[out], **attributes)
+
+
+def _float(writer: Writer, node: NodeProto, site: Site, packed: Packed, activations: str, c_O: Any) -> None:
+    """The node as it was, over the decoded weight."""
+    if activations != "none":
+        raise ExportError(f"{site.name}: {type(packed).__name__} runs in float; its activations cannot be integers")
+    stored = next(t for t in writer.graph.graph.initializer if t.name == node.input[1])
+    turned, dims = _turned(node, site), list(stored.dims)
+
+    def make() -> str:
+        w_OI = decode(writer, site.name, packed, site.shape)
+        if (c_O != 1).any():
+            w_OI = writer.emit("Mul", w_OI, writer.store(f"{CONSTANT}{site.name}.rows", c_O[:, None]))
+        if turned:
+            w_OI = writer.emit("Transpose", w_OI, perm=[1, 0])
+        return writer.emit("Reshape", w_OI, writer.constant(dims, np.int64)) if site.kind == "conv" else w_OI
+
+    fresh = detached(node)
+    fresh.input[1] = writer.once(("decoded", site.name), make)
+    writer.keep(fresh)
 
 
 def _sparse(writer: Writer, node: NodeProto, site: Site, packed: SparsePacked) -> None:
@@ -272,11 +231,16 @@ def _sparse(writer: Writer, node: NodeProto, site: Site, packed: SparsePacked) -
 
 def lower_table(writer: Writer, site: Site, packed: Packed) -> None:
     """Rewrite every Gather of an embedding."""
-    if not isinstance(packed, GridPacked):
-        raise ExportError(f"{site.name}: no lowering for {type(packed).__name__} tables")
     nodes = [n for n in writer.graph.nodes_in(site.name, ("Gather",)) if _reads_table(writer, n, site)]
     if not nodes:
         raise ExportError(f"{site.name}: its Gather is not found in the exported graph")
+    if not isinstance(packed, GridPacked) or not _integer(packed, site):
+        for node in nodes:
+            writer.at(node)
+            fresh = detached(node)
+            fresh.input[0] = writer.once(("decoded", site.name), lambda: decode(writer, site.name, packed, site.shape))
+            writer.keep(fresh)
+        return
     groups = packed.s_OG.shape[1]
     for node in nodes:
         writer.at(node)

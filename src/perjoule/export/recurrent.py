@@ -18,7 +18,7 @@ from perjoule.compress.forms.grid import GridPacked
 from perjoule.compress.sites import Site
 from perjoule.core.errors import ExportError
 from perjoule.export.graph import CONSTANT
-from perjoule.export.lower import Writer
+from perjoule.export.writer import Writer
 
 _ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2)}
 """ONNX gate k is torch gate _ORDER[k]: i f g o -> i o f c, r z n -> z r h."""
