@@ -16,15 +16,17 @@ from typer.core import TyperGroup
 
 from perjoule import __version__
 from perjoule.cli.check_published import check_published
+from perjoule.cli.compress import compress
 from perjoule.cli.count import count
 from perjoule.cli.devices import devices
+from perjoule.cli.ledger import app as ledger
 from perjoule.cli.measure import CONTEXT, measure
 from perjoule.cli.methods import methods
 from perjoule.cli.optimize import optimize
 from perjoule.cli.plan import app as plan
 from perjoule.cli.reconcile import reconcile
 from perjoule.cli.report import report
-from perjoule.core.errors import MissingExtra, PerjouleError
+from perjoule.core.errors import CommandFailed, MissingExtra, PerjouleError
 
 EXTRAS = {
     "models": ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime", "onnx_ir"),
@@ -48,7 +50,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            resumable = ctx.invoked_subcommand == "optimize"
+            resumable = ctx.invoked_subcommand in ("optimize", "compress")
             raise _Interrupted("; the same command with --resume goes on from here" * resumable) from interrupt
 
 
@@ -61,8 +63,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(optimize)
+app.command()(compress)
 app.command()(count)
 app.add_typer(plan, name="plan")
+app.add_typer(ledger, name="ledger")
 app.command()(reconcile)
 app.command(context_settings=CONTEXT)(measure)
 app.command()(devices)
@@ -96,7 +100,7 @@ def main() -> None:
         missing = _missing_extra(error)
         if os.environ.get("PERJOULE_DEBUG") or not (missing or isinstance(error, PerjouleError)):
             raise
-        _stop(f"perjoule: {missing or error}", 2)
+        _stop(f"perjoule: {missing or error}", error.exit_code if isinstance(error, CommandFailed) else 2)
     except USAGE_ERROR as error:
         path = getattr(getattr(error, "ctx", None), "command_path", "perjoule")
         message = getattr(error, "format_message", error.__str__)().rstrip(".")

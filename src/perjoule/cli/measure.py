@@ -42,6 +42,7 @@ def measure(
     protocol: Annotated[
         str, typer.Option(help="quick (5 repeats of 1 s at least) or mlperf (5 of 60 s, warm-up, cool-down).")
     ] = "",
+    experiment: Annotated[str, typer.Option(help="The name it goes under in the project's ledger.")] = "",
     repeats: Annotated[int, typer.Option(min=0, help="Other than the protocol's.")] = 0,
     against: Annotated[
         str, typer.Option(metavar="COMMAND", help="Another command, as one word: which of the two draws less?")
@@ -56,6 +57,7 @@ def measure(
     The command's exit code is ours. With --json its standard output goes to standard error.
     """
     from perjoule.measure.command import Measured, repeated, run
+    from perjoule.measure.project import recorded
 
     if json_file is not None:
         folder = json_file.parent
@@ -66,9 +68,12 @@ def measure(
     found: Measured | Steady | Versus
     if protocol or against or repeats:
         chosen = _protocol(protocol or "quick", repeats)
-        found = repeated(command, chosen, against=shlex.split(against), boundary=boundary, stdout=stdout)
+        with recorded(
+            shlex.join(["perjoule", "measure", "--protocol", protocol or "quick", "--", *command]), experiment
+        ):
+            found = repeated(command, chosen, against=shlex.split(against), boundary=boundary, stdout=stdout)
     else:
-        found = run(command, boundary=boundary, stdout=stdout)
+        found = run(command, boundary=boundary, stdout=stdout, experiment=experiment)
     if json_file is not None:
         atomic.write_json(json_file, to_json(found))
     if as_json:

@@ -17,13 +17,14 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
 from perjoule.core.errors import BadInput, CommandFailed
 from perjoule.core.reading import Boundary, Reading
 from perjoule.measure.meter import Meter
+from perjoule.measure.project import BEAT_S, Project
 from perjoule.measure.steady import Protocol, Steady, Versus, Work, steady, versus
 
 _FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGQUIT")
@@ -39,15 +40,24 @@ class Measured:
     reading: Reading
 
 
-def run(command: Sequence[str], *, boundary: Boundary = "host", stdout: int | None = None) -> Measured:
+def run(
+    command: Sequence[str], *, boundary: Boundary = "host", stdout: int | None = None, experiment: str = ""
+) -> Measured:
     """Run `command` to its end under a meter. `stdout`: a descriptor for its standard output instead of ours.
 
+    Where the folder belongs to a project with a ledger, the run is written there, under `experiment`.
     Raises BadInput, before anything is measured, if there is no such command.
     """
     check(command)
-    with spawning(stdout) as spawn, Meter(boundary=boundary) as meter:
+    project = Project.found()
+    with ExitStack() as stack:
+        spawn = stack.enter_context(spawning(stdout))
+        recording = stack.enter_context(project.recording(shlex.join(command), experiment)) if project else None
+        meter = stack.enter_context(Meter(boundary=boundary, beat=recording.beat if recording else None, beat_s=BEAT_S))
         code = spawn(command)
         reading = meter.stop()
+        if recording is not None:
+            recording.reading, recording.exit_code = reading, code
     return Measured(command=tuple(command), exit_code=code, reading=reading)
 
 
@@ -69,7 +79,9 @@ def repeated(
             def once() -> None:
                 code = spawn(one)
                 if code:
-                    raise CommandFailed(f"'{shlex.join(one)}' ended with exit code {code}; a protocol needs runs that succeed", code)
+                    raise CommandFailed(
+                        f"'{shlex.join(one)}' ended with exit code {code}; a protocol needs runs that succeed", code
+                    )
 
             return once
 

@@ -34,7 +34,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -117,6 +118,7 @@ class Meter:
     `boundary`: "host" for the whole machine, "device" for chips and memory without board and supply losses.
     `hertz`: how often the background thread reads.
     `sensors`: open sensors to use instead of the ones found; the meter closes them.
+    `beat`: called every `beat_s` seconds, on the meter's thread, with the reading so far; what it raises is forgotten.
     """
 
     def __init__(
@@ -126,6 +128,8 @@ class Meter:
         boundary: Boundary = "host",
         hertz: float = 1.0,
         sensors: Sequence[Sensor] | None = None,
+        beat: Callable[[Reading], None] | None = None,
+        beat_s: float = 10.0,
     ) -> None:
         if boundary == "facility":
             raise MeterError("no meter sees the facility; measure the host and multiply by the site's PUE")
@@ -135,6 +139,7 @@ class Meter:
         self._boundary = boundary
         self._period_s = 1 / hertz
         self._given = sensors
+        self._beat, self._beat_s = beat, beat_s if beat else math.inf
         self._lock = threading.Lock()
         self._session: object | None = None
         self._tracks: list[_Track] = []
@@ -167,7 +172,7 @@ class Meter:
             self._error: Exception | None = None
             self._first = self._mark()
             self._thread: threading.Thread | None = None
-            if self._gap_s() < math.inf:
+            if min(self._gap_s(), self._beat_s) < math.inf:
                 self._thread = threading.Thread(target=self._watch, name="perjoule-meter", daemon=True)
                 self._thread.start()
         return self
@@ -300,17 +305,25 @@ class Meter:
 
     def _watch(self) -> None:
         """The background thread."""
-        while not self._stopping.wait(min(self._gap_s(), self._period_s)):
+        assert self._first is not None
+        beaten_s = self._first.time_s
+        while not self._stopping.wait(min(self._gap_s(), self._period_s, self._beat_s)):
             with self._lock:
                 if self._last is not None:
                     return
                 try:
                     now_s = time.monotonic()
-                    for track in self._tracks:
+                    due = now_s - beaten_s >= self._beat_s
+                    mark = self._mark() if due else None
+                    for track in () if due else self._tracks:
                         track.read(now_s)
                 except Exception as error:  # noqa: BLE001 - a thread has nobody to tell; `between` raises it
                     self._error = error
                     return
+            if mark is not None and self._beat is not None:
+                beaten_s = mark.time_s
+                with suppress(Exception):
+                    self._beat(self.between(self._first, mark))
 
     def _crowd(self, a: Mark, b: Mark) -> list[str]:
         busy_s, tree_s = b.host_s - a.host_s, b.tree_s - a.tree_s
