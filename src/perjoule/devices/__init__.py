@@ -6,12 +6,23 @@ sensor library; each driver does that when it is asked to look.
 
 from __future__ import annotations
 
+from perjoule.devices.battery import BatteryDriver
 from perjoule.devices.cpu_model import LoadModelDriver
+from perjoule.devices.feed import FeedDriver
+from perjoule.devices.hwmon import HwmonDriver
 from perjoule.devices.nvml import NvmlDriver
 from perjoule.devices.powercap import PowercapDriver
 from perjoule.devices.sensor import Component, Driver, Found
 
-DRIVERS: tuple[Driver, ...] = (PowercapDriver(), NvmlDriver(), LoadModelDriver())
+DRIVERS: tuple[Driver, ...] = (
+    FeedDriver(),
+    PowercapDriver(),
+    HwmonDriver(whole=True),
+    NvmlDriver(),
+    HwmonDriver(),
+    BatteryDriver(),
+    LoadModelDriver(),
+)
 """Best first: a component is taken by the first driver that covers it."""
 
 

@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 from perjoule.core.reading import How
 
@@ -106,8 +106,15 @@ class Found:
 class Driver(ABC):
     """A family of sensors: knows how to look for them. It may look, but must not keep anything open."""
 
-    name: ClassVar[str]
+    name: str
 
     @abstractmethod
     def find(self) -> list[Found]:
         """Every sensor of this kind that this machine has, or one entry that says why there is none."""
+
+    def absent(self, why: str, remedy: str = "") -> Found:
+        """The one entry where nothing is missing: the machine has no such thing."""
+        return Found(
+            name=self.name, driver=self.name, works=False, covers=(), how="measured", boundary="device", why=why,
+            remedy=remedy,
+        )  # fmt: skip
