@@ -24,6 +24,7 @@ from perjoule.cli.measure import CONTEXT, measure
 from perjoule.cli.methods import methods
 from perjoule.cli.optimize import optimize
 from perjoule.cli.plan import app as plan
+from perjoule.cli.profile import profile
 from perjoule.cli.reconcile import reconcile
 from perjoule.cli.report import report
 from perjoule.core.errors import CommandFailed, MissingExtra, PerjouleError
@@ -69,6 +70,7 @@ app.add_typer(plan, name="plan")
 app.add_typer(ledger, name="ledger")
 app.command()(reconcile)
 app.command(context_settings=CONTEXT)(measure)
+app.command()(profile)
 app.command()(devices)
 app.command()(report)
 app.command()(methods)
