@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from perjoule.cli.methods import Methods, methods, table
 from perjoule.compress.fit import FITS
 from perjoule.compress.forms import FORMS
+from perjoule.compress.named import NAMED
 from perjoule.compress.saliency import SALIENCIES
 from perjoule.core.codec import from_json
 from perjoule.core.errors import UnknownName
@@ -78,3 +79,18 @@ def test_an_unknown_name_is_refused():
     app.command()(methods)
     with pytest.raises(UnknownName, match="did you mean Grid"):
         CliRunner().invoke(app, ["Gird"], catch_exceptions=False)
+
+
+def test_papers_are_listed_with_what_they_need_and_save(known: Methods):
+    named = {n.name: n for n in known.named}
+    assert set(named) == set(NAMED)
+    assert named["gptq"].needs == "calibration batches"
+    assert named["magnitude"].needs == "nothing"
+    assert named["squeezellm"].needs == "calibration batches, gradients"
+    assert all(n.saves and n.source for n in named.values())
+
+
+def test_a_paper_is_found_as_its_authors_write_it():
+    shown = invoke("SVD-LLM")
+    assert "Wang et al. 2025" in shown
+    assert "calibration batches" in shown

@@ -68,15 +68,12 @@ def test_dead_channels_go_without_a_trace(name, fit):
     found, _ = sites.find(model)
     structural, _ = groups.find(groups.trace(model, batches[0]), model, found)
     for group in structural:
-        dead = [0, group.channels - 1]
-        module = model.get_submodule(group.consumer)
-        with torch.no_grad():
-            module.weight.flatten(1).reshape(len(module.weight), group.channels, -1)[:, dead] = 0
+        for slot in (x for x in group.slots if x.role == "reads"):
+            dead = torch.tensor([*slot.index[0], *slot.index[-1]])
+            model.get_parameter(slot.parameter).data.index_fill_(slot.axis, dead, 0)
     applier = applier_of(model, batches)
     before = answers(model, batches)
-    steps = [
-        step(Channels(keep=g.channels - 2, block=g.block), g.name, saliency="second_order", fit=fit) for g in structural
-    ]
+    steps = [step(Channels(keep=g.channels - 2), g.name, saliency="second_order", fit=fit) for g in structural]
     result = applier.apply(recipe(*steps))
     after = answers(result.model, batches)
     if name == "mlp" and fit == "nearest":
@@ -85,17 +82,16 @@ def test_dead_channels_go_without_a_trace(name, fit):
     fewer = sum(p.numel() for p in result.model.parameters())
     assert fewer < sum(p.numel() for p in model.parameters())
     for group in structural:
-        producer, consumer = (result.model.get_submodule(n) for n in (group.producer, group.consumer))
-        width = producer.out_features if isinstance(producer, nn.Linear) else producer.out_channels
-        assert producer.weight.shape[0] == width == group.channels - 2
-        assert len(producer.bias) == width if producer.bias is not None else True
-        columns = consumer.weight[0].numel()
-        assert columns == (group.channels - 2) * group.block == result.sites[group.consumer].shape[1]
-        declared = consumer.in_features if isinstance(consumer, nn.Linear) else consumer.in_channels
-        assert declared == consumer.weight.shape[1]
+        for slot in group.slots:
+            was, now = (dict(m.state_dict())[slot.parameter].shape[slot.axis] for m in (model, result.model))
+            assert was - now == 2 * slot.each, slot.parameter
+        for name in {*group.producers, *group.consumers}:
+            cut = result.model.get_submodule(name)
+            kind = "features" if isinstance(cut, nn.Linear) else "channels"
+            assert (getattr(cut, f"out_{kind}"), getattr(cut, f"in_{kind}")) == cut.weight.shape[:2]
+            assert result.sites[name].shape == tuple(cut.weight.flatten(1).shape)
         for norm in group.norms:
-            assert result.model.get_submodule(norm).num_features == width
-            assert result.model.get_submodule(norm).running_mean.shape == (width,)
+            assert result.model.get_submodule(norm).num_features == group.channels - 2
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "conv1d", "encoder", "residual"])
@@ -107,22 +103,25 @@ def test_a_cut_model_is_the_masked_model(name):
     steps, expected = [], {}
     for group in list(applier.groups.values())[::2]:  # every second one, so that no layer is cut twice
         keep = group.channels // 2
-        weight = masked.get_submodule(group.consumer).weight
-        blocks = weight.detach().flatten(1).reshape(len(weight), group.channels, group.block)
-        strongest = blocks.square().sum((0, 2)).topk(keep).indices.sort().values
-        with torch.no_grad():
-            blocks[:, [c for c in range(group.channels) if c not in strongest]] = 0
+        read = [x for x in group.slots if x.role == "reads"]
+        score = torch.zeros(group.channels)
+        for slot in read:
+            square = tiny.model.get_parameter(slot.parameter).detach().square().movedim(slot.axis, 0).flatten(1).sum(1)
+            score += square[torch.tensor(slot.index)].sum(1)
+        strongest = score.topk(keep).indices.sort().values
+        gone = [c for c in range(group.channels) if c not in strongest]
+        for slot in read:
+            columns = torch.tensor([i for c in gone for i in slot.index[c]])
+            masked.get_parameter(slot.parameter).data.index_fill_(slot.axis, columns, 0)
         expected[group] = strongest
-        steps.append(step(Channels(keep=keep, block=group.block), group.name))
+        steps.append(step(Channels(keep=keep), group.name))
     result = applier.apply(recipe(*steps))
     assert torch.allclose(answers(result.model, tiny.batches), answers(masked, tiny.batches), atol=2e-6)
-    for group, keep in expected.items():
-        producer, original = result.model.get_submodule(group.producer), tiny.model.get_submodule(group.producer)
-        assert torch.equal(producer.weight, original.weight[keep])
-        for norm in group.norms:
-            cut, whole = result.model.get_submodule(norm), tiny.model.get_submodule(norm)
-            for part in ("weight", "bias", "running_mean", "running_var"):
-                assert torch.equal(getattr(cut, part), getattr(whole, part)[keep])
+    for group, kept in expected.items():
+        for slot in (x for x in group.slots if x.role != "reads"):
+            left = torch.tensor([i for c in kept.tolist() for i in slot.index[c]]).sort().values
+            cut, whole = (dict(m.state_dict())[slot.parameter] for m in (result.model, tiny.model))
+            assert torch.equal(cut, whole.index_select(slot.axis, left)), slot.parameter
 
 
 @pytest.mark.parametrize("fit", ["nearest", "second_order"])
@@ -131,8 +130,7 @@ def test_cutting_a_whole_chain(fit):
     tiny = TINY["cnn"]()
     applier = applier_of(tiny.model, tiny.batches)
     steps = [
-        step(Channels(keep=g.channels // 2, block=g.block), g.name, saliency="second_order", fit=fit)
-        for g in applier.groups.values()
+        step(Channels(keep=g.channels // 2), g.name, saliency="second_order", fit=fit) for g in applier.groups.values()
     ]
     result = applier.apply(recipe(*steps))
     assert answers(result.model, tiny.batches).shape == (15, 4)

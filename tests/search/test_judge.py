@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from perjoule import Workload
+from perjoule.core.budget import Budget
 from perjoule.core.errors import WorkloadError
-from perjoule.search.judge import Judge, cosine, neighbour_agreement
+from perjoule.search.judge import Judge, cosine, flips, neighbour_agreement
 from perjoule.search.original import every_other
 
 
@@ -140,6 +141,28 @@ def test_answers_that_flipped_are_counted_for_classes():
     changed[1:9:2] = np.roll(changed[1:9:2], 1, axis=1)
     found = Judge(workload(lambda x: np.ones(len(x))), reference)(changed, "verdict")
     assert found.details["answers that flipped"] == 4 / 20
+
+
+def test_a_lost_class_is_named():
+    """20 answers of class 0, 4 of class 1, 2 of class 2: all of class 2 and one of class 1 are lost."""
+    theirs = np.repeat([0, 1, 2], [20, 4, 2])
+    mine = theirs.copy()
+    mine[[20, 24, 25]] = 0
+    assert flips(mine, theirs) == {
+        "answers that flipped": 3 / 26,
+        "answers that flipped, class 2": 1.0,
+        "answers that flipped, class 1": 0.25,
+    }
+    assert flips(theirs, theirs) == {"answers that flipped": 0.0}
+
+
+def test_sure_holds_the_lower_end():
+    reference = answers()
+    found = reference + np.random.default_rng(1).normal(0, 0.3, reference.shape)
+    plain = Judge(workload(None), reference).search_half(found[::2])[0]
+    sure = Judge(workload(None), reference, Budget(sure=True)).search_half(found[::2])[0]
+    assert plain == pytest.approx(float(cosine(found[::2], reference[::2]).mean()))
+    assert sure < plain
 
 
 @pytest.mark.parametrize(

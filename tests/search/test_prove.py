@@ -73,6 +73,13 @@ def test_hungrier_in_one_kind_of_request_is_no_saving():
     assert found.reason == "hungrier than the original at request 32 (1.2× the joules)"
 
 
+def test_sure_refuses_what_is_only_likely():
+    version = replace(point(), quality_relative=replace(near(0.995), low=0.98, high=1.0))
+    assert decided(version, point("original"), Budget(keep=0.99)).status == "kept"
+    refused = decided(version, point("original"), Budget(keep=0.99, sure=True))
+    assert refused.reason == "surely keeps only 98.0 % of the quality, 99.0 % asked"
+
+
 def test_all_reasons_are_given():
     bad = point(quality=0.5, size=900, ratio=(1.5, 1.5), latency=(3.0, 1.0), speedup=(0.5, 0.5))
     assert len(decided(bad, ORIGINAL, BUDGET).reason.split("; ")) == 4 + 2 + 2

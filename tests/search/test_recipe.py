@@ -12,6 +12,7 @@ from perjoule.compress import groups, sites
 from perjoule.compress.apply import Applier
 from perjoule.compress.forms import Channels, Grid, LowRank
 from perjoule.compress.stream import gradients, inputs
+from perjoule.compress.structure.cut import Slot
 from perjoule.core.errors import ExportError
 from perjoule.core.record import Recipe
 from perjoule.export.artifact import lowered, write
@@ -36,7 +37,8 @@ class Ready:
         stats = {}
         for group in inputs(model, self.sites, batches, sensed):
             stats.update(group)
-        self.groups, _ = groups.find(groups.trace(model, batches[0]), model, self.sites)
+        found, _ = groups.find(groups.trace(model, batches[0]), model, self.sites)
+        self.groups, _ = plan.priced(found, self.sites)
         self.applier = Applier(model, self.sites, self.groups, stats)
         self.graph = lowered(self.applier.apply(Recipe()), batches[0], self.tiny.dynamic)
         damages = Damages(
@@ -54,8 +56,8 @@ class Ready:
     def drawn(self, generator):
         """A random allocation in which the widths agree."""
         width = {g.name: generator.choice(menu.widths(g)) for g in self.groups}
-        into = {g.consumer: width[g.name] for g in self.groups}
-        out = {g.producer: width[g.name] for g in self.groups}
+        into = {name: width[g.name] for g in self.groups for name in g.consumers}
+        out = {name: width[g.name] for g in self.groups for name in g.producers}
         chosen = []
         for site, choices in self.menus.items():
             fitting = [c for c in choices if (c.width_in, c.width_out) == (into.get(site, 0), out.get(site, 0))]
@@ -112,7 +114,7 @@ def assert_every_weight_is_found(ready):
 def test_vectors_beside_a_producer():
     assert vectors_beside(*graph_and_groups("normed")) == {"0": 1 + 4, "3": 1}
     assert vectors_beside(*graph_and_groups("cnn")) == {"0": 1, "4": 1, "7": 1}
-    assert vectors_beside(*graph_and_groups("residual")) == {"inner": 1}
+    assert vectors_beside(*graph_and_groups("residual")) == {"stem": 2, "inner": 1}
 
 
 def graph_and_groups(name):
@@ -134,10 +136,19 @@ def pick(site, option, *, into=0, out=0):
     )
 
 
+def chain(producer, consumer, channels):
+    index = tuple((i,) for i in range(channels))
+    slots = (
+        Slot(parameter=f"{producer}.weight", axis=0, index=index, rank=2, role="writes"),
+        Slot(parameter=f"{consumer}.weight", axis=1, index=index, rank=2, role="reads"),
+    )
+    return groups.Group(name=f"{producer} -> {consumer}", channels=channels, slots=slots)
+
+
 def test_the_order_is_channels_then_factors_then_codes():
     cut = [
-        groups.Group(producer="b", consumer="c", channels=8, block=2),
-        groups.Group(producer="a", consumer="b", channels=4, block=1),
+        chain("b", "c", 8),
+        chain("a", "b", 4),
     ]
     allocation = Allocation(
         choices=(
@@ -152,10 +163,10 @@ def test_the_order_is_channels_then_factors_then_codes():
     assert recipe.seed == 7
     assert recipe.repair is None
     assert [(s.sites, s.form, s.saliency, s.fit) for s in recipe.steps] == [
-        (("a -> b",), Channels(keep=2, block=1).config(), "second_order", "second_order"),
+        (("a -> b",), Channels(keep=2).config(), "second_order", "second_order"),
         (("b",), LowRank(share=0.5).config(), "second_order", "second_order"),
         (("a", "d"), Grid(bits=4, group=32).config(), "second_order", "second_order"),
-        (("c",), Grid(activations="static").config(), "identity", "nearest"),
+        (("c",), INT8_STATIC.form.config(), "identity", "nearest"),
     ]
 
 

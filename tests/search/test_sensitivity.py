@@ -5,13 +5,15 @@ import torch
 from torch import nn
 
 from perjoule.compress import groups, sites
-from perjoule.compress.apply import Applier, metric_for
-from perjoule.compress.forms import Channels, Grid
-from perjoule.compress.forms.channels import removal_errors
+from perjoule.compress.apply import Applier
+from perjoule.compress.forms import Grid
 from perjoule.compress.stream import gradients, inputs
+from perjoule.compress.structure import choice
+from perjoule.compress.structure.choice import readers, refit, scores
+from perjoule.compress.structure.cut import Cutter
 from perjoule.core.record import Recipe, Step
 from perjoule.measure.forward import answers
-from perjoule.search import menu
+from perjoule.search import menu, plan
 from perjoule.search.menu import INT4_GROUPS, INT8_DYNAMIC, INT8_STATIC, INT8_WEIGHTS, KEEP, widths
 from perjoule.search.sensitivity import _damage, _error, assess, distance
 from perjoule.testing.models import TINY
@@ -43,7 +45,8 @@ class Calibrated:
         self.stats = {}
         for group in inputs(model, self.sites, batches, self.sensed):
             self.stats.update(group)
-        self.groups, _ = groups.find(groups.trace(model, batches[0]), model, self.sites)
+        found, _ = groups.find(groups.trace(model, batches[0]), model, self.sites)
+        self.groups, _ = plan.priced(found, self.sites)
 
     def exact_gradients(self, name, w_KO):
         """E over all v of the squared gradient, by enumeration: the sum over the outputs' unit vectors."""
@@ -167,21 +170,26 @@ def test_damage_of_a_width_is_what_the_refit_leaves(name, monkeypatch):
     ready, found = assessed(name, monkeypatch)
     assert ready.groups
     for group in ready.groups:
-        site = next(s for s in ready.sites if s.name == group.consumer)
-        stats = ready.stats[site.name]
-        stats = stats.centred() if site.module(ready.model).bias is not None else stats
-        w_OI = site.matrices(ready.model)[0]
-        metric = metric_for(site, w_OI, "second_order", stats, 0)
-        errors = removal_errors(w_OI, metric, group.block)
+        cutter = Cutter(ready.model)
+        applier = Applier(ready.model, ready.sites, ready.groups, ready.stats)
+        found_readers = readers(group, ready.model, applier.sites, cutter)
+        total = torch.zeros(group.channels + 1, dtype=torch.float64)
+        order = scores(group, ready.model, found_readers, applier.metric, cutter, second=True)[0].argsort(
+            descending=True
+        )
+        for reader in found_readers:
+            w_OI = reader.site.matrices(ready.model)[0]
+            metric = applier.metric(reader.site, w_OI)
+            h = metric.full_II.double()
+            h = h + 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+            for keep in range(1, group.channels):
+                e = w_OI.double() - refit(reader, w_OI, metric, [order[:keep]], second=True).double()
+                total[keep] += float((((e @ h) * e).sum(1) * metric.rows_O.double()).sum())
+        errors = sum(choice.errors(group, ready.model, found_readers, applier.metric, cutter).values())
         assert errors[group.channels] == 0
         assert (errors[:-1] >= errors[1:]).all(), "fewer channels cannot hurt less"
-        h = metric.full_II.double()
-        h = h + 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
         for keep in range(1, group.channels):
-            fitted = Channels(keep=keep, block=group.block).compensated(w_OI, metric).dense()
-            e = w_OI.double() - fitted.double()
-            brute = float((((e @ h) * e).sum(1) * metric.rows_O.double()).sum())
-            assert float(errors[keep]) == pytest.approx(brute, rel=1e-3)
+            assert float(errors[keep]) == pytest.approx(float(total[keep]), rel=1e-3)
         of_width = found.of_width[group.name]
         assert list(of_width) == widths(group)
         for keep, damage in of_width.items():

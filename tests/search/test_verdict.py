@@ -5,15 +5,22 @@ from types import SimpleNamespace
 
 import pytest
 
+from perjoule.core.budget import Budget
 from perjoule.core.record import Coverage, Recipe, Repair
 from perjoule.search.verdict import references_of, verdict_of
 
 from .test_prove import near, point, record
 
 
-def said(best, points=()):
-    original = point("original", size=1000)
-    return verdict_of(SimpleNamespace(workload="Net", quality_name="accuracy", best=best, original=original), points)
+def said(best, points=(), keep=0.9):
+    result = SimpleNamespace(
+        workload="Net",
+        quality_name="accuracy",
+        best=best,
+        original=point("original", size=1000),
+        budget=Budget(keep=keep),
+    )
+    return verdict_of(result, points)
 
 
 def test_a_saving_is_said_with_its_figures():
@@ -21,6 +28,14 @@ def test_a_saving_is_said_with_its_figures():
     assert said(best) == (
         "Net in onnxruntime takes 60 % less energy per request 1 (measured), answers 2.0× faster at request 1 and 4.0×"
         " faster at request 32, its file is 4.0× smaller, and it keeps 99.3 % of its accuracy."
+    )
+
+
+def test_what_the_examples_do_not_prove_is_said():
+    best = replace(point(), quality_relative=replace(near(0.993), low=0.985, high=0.999, level=0.9))
+    assert said(best, keep=0.98).endswith("and it keeps 99.3 % of its accuracy.")
+    assert said(best, keep=0.99).endswith(
+        "keeps 99.3 % of its accuracy (90% interval 98.5 % to 99.9 %: that it keeps 99.0 % is not sure)."
     )
 
 

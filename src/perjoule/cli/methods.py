@@ -1,7 +1,7 @@
 """`perjoule methods`: every form, saliency and fit, what it needs, saves and comes from; what goes with what.
 
-Nothing is listed by hand. Words come from the docstrings of the classes, and what goes with what is found by trying
-every combination on a small matrix.
+Words come from the docstrings of the classes, what goes with what is found by trying every combination on a small
+matrix, and the names of the literature from compress/named.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perjoule.cli.face import JsonFlag, emit
+from perjoule.compress.named import NAMED, Named, spelled
 from perjoule.core.errors import ConfigError, UnknownName
 
 if TYPE_CHECKING:
@@ -55,15 +56,35 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Paper:
+    """A method under the name that its paper gave it."""
+
+    name: str
+    what: str
+    form: str
+    """Its form for people, as the paper has it."""
+    saliency: str
+    fit: str
+    needs: str
+    saves: str
+    source: str
+    differs: str
+    """Where ours is not what the paper did."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Methods:
     """The whole table."""
 
     methods: tuple[Method, ...]
     pairs: tuple[Pair, ...]
+    named: tuple[Paper, ...]
 
 
 def methods(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="A form, saliency or fit: all about it.")] = "",
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME]", help="A form, saliency, fit, or a method by its paper: all about it.")
+    ] = "",
     as_json: JsonFlag = False,
 ) -> None:
     """List what weights may become (forms), which errors matter (saliencies), and how the best is found (fits)."""
@@ -71,10 +92,12 @@ def methods(
     if not name:
         emit(known, as_json, lambda console: _show(console, known))
         return
-    found = [m for m in known.methods if m.name.lower() == name.lower()]
+    plain = spelled(name)
+    every: list[Method | Paper] = [*known.methods, *known.named]
+    found = [m for m in every if spelled(m.name) == plain]
     if not found:
-        raise UnknownName.of("method", name, dict.fromkeys(m.name for m in known.methods))
-    emit(found, as_json, lambda console: _papers(console, found))
+        raise UnknownName.of("method", name, dict.fromkeys(m.name for m in every))
+    emit(found, as_json, lambda console: _all_about(console, found))
 
 
 def table() -> Methods:
@@ -87,7 +110,23 @@ def table() -> Methods:
     found = [_method("form", name, form, "") for name, form in FORMS.items()]
     found += [_method("saliency", name, type(s), _needs(s)) for name, s in SALIENCIES.items()]
     found += [_method("fit", name, fit, _fit_needs(name, pairs)) for name, fit in FITS.items()]
-    return Methods(methods=tuple(found), pairs=pairs)
+    needs = {m.name: m.needs for m in found if m.kind == "saliency"}
+    saves = {m.name: m.saves for m in found if m.kind == "form"}
+    return Methods(methods=tuple(found), pairs=pairs, named=tuple(_paper(n, needs, saves) for n in NAMED.values()))
+
+
+def _paper(method: Named, needs: Mapping[str, str], saves: Mapping[str, str]) -> Paper:
+    return Paper(
+        name=method.name,
+        what=method.what,
+        form="channels" if method.config["name"] == "Channels" else method.form().describe(),
+        saliency=method.saliency,
+        fit=method.fit,
+        needs=needs[method.saliency],
+        saves=saves[str(method.config["name"])],
+        source=method.cite,
+        differs=method.differs,
+    )
 
 
 def _method(kind: str, name: str, of: Any, needs: str) -> Method:
@@ -203,6 +242,7 @@ def _show(console: Any, known: Methods) -> None:
     _list(console, "saliencies", "which errors matter", by_kind["saliency"])
     _list(console, "fits", "how the best weights of a form are found", by_kind["fit"])
     _matrix(console, known)
+    _names(console, known.named)
     console.print("\nequations, costs, bounds, fields: perjoule methods NAME", style="dim")
 
 
@@ -235,13 +275,30 @@ def _matrix(console: Any, known: Methods) -> None:
     console.print("=  the nearest fit gives what it gives under identity", style="dim")
 
 
+def _names(console: Any, named: Sequence[Paper]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console.print(Text.assemble(("\nby their papers", "bold"), ("  points of the table above", "dim")))
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("name", "what", "form, saliency, fit", "source"):
+        table.add_column(heading, no_wrap=heading == "name", style="cyan" if heading == "name" else None)
+    for n in named:
+        point = f"{n.form}; {n.saliency.replace('_', ' ')}; {n.fit.replace('_', ' ')}"
+        table.add_row(n.name, Text(n.what), Text(point), Text(n.source, style="dim"))
+    console.print(table)
+
+
 def _cell(pair: Pair) -> str:
     shown = ["=" if fit == "nearest" and pair.as_identity else fit.replace("_", " ") for fit in pair.fits]
     return ", ".join(shown) or "–"
 
 
-def _papers(console: Any, found: list[Method]) -> None:
+def _all_about(console: Any, found: Sequence[Method | Paper]) -> None:
     for m in found:
+        if isinstance(m, Paper):
+            _about_paper(console, m)
+            continue
         console.print(f"{m.kind} {m.name}", style="bold", markup=False)
         console.print(m.paper, markup=False, soft_wrap=True)
         if m.fields:
@@ -249,3 +306,13 @@ def _papers(console: Any, found: list[Method]) -> None:
         if m.needs:
             console.print(f"Needs    {m.needs}", markup=False)
         console.print()
+
+
+def _about_paper(console: Any, m: Paper) -> None:
+    console.print(f"{m.name}: {m.what}", style="bold", markup=False)
+    rows = {"Form": m.form, "Saliency": m.saliency, "Fit": m.fit, "Needs": m.needs, "Saves": m.saves,
+            "Source": m.source, "Differs": m.differs}  # fmt: skip
+    for label, text in rows.items():
+        if text:
+            console.print(f"{label:8} {text}", markup=False, soft_wrap=True)
+    console.print()

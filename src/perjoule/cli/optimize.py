@@ -67,6 +67,7 @@ def bars() -> Iterator[Bars]:
 def optimize(
     workload: Annotated[str, typer.Argument(help="path.py, path.py:function or package.module:function")],
     keep: Annotated[str, typer.Option(help="Share of the quality that must remain, such as 99%.")] = "99%",
+    sure: Annotated[bool, typer.Option("--sure", help="The lower end of the interval must keep it.")] = False,
     size: Annotated[str | None, typer.Option(help="Largest file: 25% of the original's, or 10MB.")] = None,
     energy: Annotated[str | None, typer.Option(help="Most energy per request: 50% of the original's.")] = None,
     latency: Annotated[str | None, typer.Option(help="Longest first kind of request: 5ms, or 50%.")] = None,
@@ -81,13 +82,16 @@ def optimize(
     """Find the version of a trained model that costs the least within a budget, and prove it."""
     if objective not in ("energy", "size", "latency"):
         raise UnknownName.of("objective", objective, ("energy", "size", "latency"))
-    budget = Budget.parse(keep=keep, size=size, energy=energy, latency=latency, objective=cast(Objective, objective))
+    budget = Budget.parse(
+        keep=keep, size=size, energy=energy, latency=latency, objective=cast(Objective, objective), sure=sure
+    )
     from perjoule.cli.frontier import show
+    from perjoule.measure.project import recorded
     from perjoule.report.page import write
     from perjoule.search.optimize import optimize as run
 
     typed = [a for a in sys.argv[1:] if a != "--resume"]
-    with bars() as progress:
+    with bars() as progress, recorded(shlex.join(["perjoule", *sys.argv[1:]])):
         result = run(
             workload,
             budget,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 from perjoule.compress.fit import FITS
 from perjoule.compress.forms import FORMS, Channels, Form, Grid, LowRank, Metric, Packed
-from perjoule.compress.forms.base import from_config
-from perjoule.compress.forms.channels import ChannelsPacked
+from perjoule.compress.forms.base import finite, from_config
 from perjoule.compress.forms.grid import ActivationGrid, GridPacked, dynamic
 from perjoule.compress.forms.lowrank import LowRankPacked
 from perjoule.compress.groups import Group
 from perjoule.compress.saliency import SALIENCIES, Statistics
 from perjoule.compress.sites import Site
 from perjoule.compress.stream import TableStatistics
+from perjoule.compress.structure import choice
+from perjoule.compress.structure.cut import Cutter, Structure
+from perjoule.compress.structure.depth import Drop
 from perjoule.core.errors import ConfigError, NothingMatched
 from perjoule.core.record import Recipe, Record, Step
 
@@ -61,6 +63,8 @@ class Compressed:
     """The sites as they are now: cut, factorised, or as before."""
     records: list[Record] = field(default_factory=list)
     hooks: list[Any] = field(default_factory=list)
+    structure: Structure = field(default_factory=Structure)
+    """How the model's shape differs from the original's; saved beside its weights (structure/saved.py)."""
     recipe: Recipe = field(default_factory=Recipe)
 
     def plain(self) -> nn.Module:
@@ -80,11 +84,19 @@ class Applier:
         self.groups = {g.name: g for g in groups}
         self.stats = stats
 
+    def metric(self, site: Site, w_OI: Tensor) -> Metric:
+        """The second-order metric of one site, what its bias absorbs left out."""
+        stats = _centred(self.stats.get(site.name), site.module(self.model))
+        return metric_for(site, w_OI, "second_order", stats, 0)
+
     def apply(self, recipe: Recipe) -> Compressed:
         """`recipe` on a copy of the model. Raises NothingMatched for a step that names no site of it."""
         result = Compressed(model=copy.deepcopy(self.model), recipe=recipe, sites=dict(self.sites))
         work = _Work(result, dict(self.stats), recipe.seed)
         for step in recipe.steps:
+            if step.form.get("name") == Drop.__name__:
+                work.drop(step)
+                continue
             form = from_config(step.form, FORMS)
             if not step.sites:
                 raise NothingMatched(f"step {form.describe()} names no site")
@@ -99,6 +111,7 @@ class Applier:
                     if name not in work.sites:
                         raise NothingMatched(f"no site '{name}'; known: {', '.join(work.sites)}")
                     work.fit(work.sites[name], form, step)
+        result.structure = work.cutter.structure
         return result
 
 
@@ -107,35 +120,81 @@ class _Work:
 
     def __init__(self, result: Compressed, stats: dict[str, Any], seed: int) -> None:
         self.result, self.sites, self.stats, self.seed = result, result.sites, stats, seed
+        self.whole = frozenset(result.sites)
+        self.cutter = Cutter(result.model)
+        self.done: set[str] = set()
 
     def cut(self, group: Group, form: Channels, step: Step) -> None:
-        """Remove channels between producer and consumer."""
-        model, consumer, producer = self.result.model, self.sites[group.consumer], self.sites[group.producer]
-        module = consumer.module(model)
-        w_OI = consumer.matrices(model)[0].clone()
-        stats = _centred(self.stats.get(consumer.name), module)
-        packed = FITS[step.fit](form, w_OI, metric_for(consumer, w_OI, step.saliency, stats, self.seed))
-        assert isinstance(packed, ChannelsPacked)
-        _absorb(module, w_OI - packed.dense(), stats)
-        before = {s.name: s.shape for s in (producer, consumer)}
-        _shrink_inputs(model, consumer, packed)
-        _shrink_outputs(model, producer, packed.keep_K)
-        for norm in group.norms:
-            _shrink_norm(model.get_submodule(norm), packed.keep_K)
-        if isinstance(self.stats.get(consumer.name), Statistics):
-            self.stats[consumer.name] = self.stats[consumer.name].of(packed.columns())
-        of_producer = self.stats.get(producer.name)
-        if isinstance(of_producer, Statistics) and of_producer.g_O is not None:
-            self.stats[producer.name] = _with_outputs(of_producer, packed.keep_K)
-        for old in (producer, consumer):
-            rows, columns = old.matrices(model)[0].shape
-            shape = (rows, columns)
-            self.sites[old.name] = Site(
-                name=old.name, kind=old.kind, layer=old.layer, parameters=old.parameters, shapes=(shape,)
-            )
-            kept = f"{len(packed.keep_K)} of {group.channels} channels"
-            what = f"{kept} out" if old is producer else f"{kept} in"
-            self._record(old, what, step, form, before[old.name], shape, 4 * shape[0] * shape[1])
+        """Remove channels from everything that makes, carries or reads them."""
+        if not 1 <= form.keep <= group.channels:
+            raise ConfigError(f"{group.name}: {form.keep} of {group.channels} channels cannot stay; keep 1 or more")
+        if group.name in self.done:
+            raise ConfigError(f"{group.name} is cut twice; give it one step with the smaller number of channels")
+        self.done.add(group.name)
+        model, second = self.result.model, step.fit != "nearest"
+        touched = [self.sites[name] for name in dict.fromkeys(s.module for s in group.slots) if name in self.sites]
+        missing = [s.module for s in group.slots if s.module in self.whole and s.module not in self.sites]
+        if missing:
+            raise ConfigError(f"{group.name}: {missing[0]} was factorised before; put channels first in the recipe")
+        found = choice.readers(group, model, self.sites, self.cutter)
+        if second and step.saliency != "second_order":
+            raise ConfigError("the second-order fit needs a second-order saliency; use saliency 'second_order'")
+
+        def metric_of(site: Site, w_OI: Tensor) -> Metric:
+            finite(w_OI, form.describe())
+            return metric_for(site, w_OI, step.saliency, _centred(self.stats.get(site.name), site.module(model)),
+                              self.seed)  # fmt: skip
+
+        keep = choice.best(choice.scores(group, model, found, metric_of, self.cutter, second=second), form.keep)
+        for reader in found:
+            module = reader.site.module(model)
+            w_OI = reader.site.matrices(model)[0].clone()
+            stats = self.stats.get(reader.site.name)
+            cut_OI = choice.refit(reader, w_OI, metric_of(reader.site, w_OI), keep, second=second)
+            _absorb(module, w_OI - cut_OI, _centred(stats, module))
+            reader.site.write(model, [cut_OI])
+            if isinstance(stats, Statistics):
+                stays = torch.ones(w_OI.shape[1], dtype=torch.bool)
+                stays[reader.gone(keep)] = False
+                self.stats[reader.site.name] = stats.of(stays.nonzero()[:, 0])
+        self._forget_outputs(group, keep)
+        self.cutter.remove(group.slots, keep, group.attributes)
+        for old in touched:
+            shapes = tuple((m.shape[0], m.shape[1]) for m in old.matrices(model))
+            self.sites[old.name] = replace(old, shapes=shapes)
+            kept = f"{form.keep} of {group.channels} channels"
+            sides = [side for side, names in (("out", group.producers), ("in", group.consumers)) if old.name in names]
+            what = f"{kept} {' and '.join(sides) or 'along'}"
+            self._record(old, what, step, form, old.shape, shapes[0], 4 * sum(o * i for o, i in shapes))
+
+    def drop(self, step: Step) -> None:
+        """Take whole blocks out."""
+        if not step.sites:
+            raise NothingMatched("step drop names no block")
+        for name in step.sites:
+            inside = [s for s in self.sites.values() if f"{s.name}.".startswith(f"{name}.")]
+            if not inside:
+                raise NothingMatched(f"no block '{name}' with weights; blocks are the members of repeated stacks")
+            self.cutter.drop(name, bool(step.form.get("in_tuple", False)))
+            for site in inside:
+                self._record(site, "dropped with its block", step, None, site.shape, (0, 0), 0)
+                del self.sites[site.name]
+                self.stats.pop(site.name, None)
+
+    def _forget_outputs(self, group: Group, keep: Sequence[Tensor]) -> None:
+        """Gradients of outputs that go; called before the cut."""
+        for slot in group.slots:
+            stats = self.stats.get(slot.module)
+            if slot.role != "writes" or stats is None:
+                continue
+            left = torch.ones(len(self.cutter.left(slot)), dtype=torch.bool)
+            gone = torch.ones(group.channels, dtype=torch.bool)
+            gone[keep[slot.strand]] = False
+            left[self.cutter.positions(slot)[gone].flatten()] = False
+            if isinstance(stats, Statistics) and stats.g_O is not None:
+                self.stats[slot.module] = replace(stats, g_O=stats.g_O[left])
+            elif isinstance(stats, TableStatistics) and stats.g_D is not None:
+                self.stats[slot.module] = replace(stats, g_D=stats.g_D[left])
 
     def fit(self, site: Site, form: Form, step: Step) -> None:
         """Put one site into a form."""
@@ -170,7 +229,7 @@ class _Work:
         stats = self.stats.get(site.name)
         if not isinstance(stats, Statistics):
             raise ConfigError(f"{site.name}: static activations need calibration data")
-        grid = ActivationGrid.over(stats.low, stats.high)
+        grid = ActivationGrid.over(*stats.ends(form.ranges))
         for packed in found:
             assert isinstance(packed, GridPacked)
             packed.activation = grid
@@ -207,7 +266,7 @@ class _Work:
         site: Site,
         what: str,
         step: Step,
-        form: Form,
+        form: Form | None,
         before: tuple[int, ...],
         after: tuple[int, ...],
         bytes_after: int,
@@ -219,7 +278,8 @@ class _Work:
                 kind=site.layer,
                 form=what,
                 fit=f"{step.fit}, {step.saliency} saliency",
-                cite=form.cite + (saliency.cite if step.saliency not in ("identity", "random") else ()),
+                cite=(form.cite if form is not None else Drop.cite)
+                + (saliency.cite if step.saliency not in ("identity", "random") else ()),
                 shape_before=before,
                 shape_after=after,
                 bytes_before=4 * site.weights,
@@ -256,12 +316,6 @@ def _absorb(module: nn.Module, e_OI: Tensor, stats: Any) -> None:
             module.bias += e_OI @ stats.mean_I
 
 
-def _with_outputs(stats: Statistics, keep_K: Tensor) -> Statistics:
-    fewer = copy.copy(stats)
-    fewer.g_O = stats.g_O[keep_K] if stats.g_O is not None else None
-    return fewer
-
-
 def _through(stats: Statistics, b_rI: Tensor) -> Statistics:
     """Statistics behind a linear map: the second factor's inputs are B x. Its range is bounded by 6 sigma."""
     h, mean = b_rI @ stats.h_II @ b_rI.T, b_rI @ stats.mean_I
@@ -269,37 +323,3 @@ def _through(stats: Statistics, b_rI: Tensor) -> Statistics:
     return Statistics(
         h_II=h, mean_I=mean, g_O=stats.g_O, low=-reach, high=reach, step2=(2 * reach / 255) ** 2, rows=stats.rows
     )
-
-
-def _shrink_inputs(model: nn.Module, site: Site, packed: ChannelsPacked) -> None:
-    module = site.module(model)
-    if isinstance(module, nn.Linear):
-        module.weight = nn.Parameter(packed.w_OK.clone())
-        module.in_features = packed.w_OK.shape[1]
-        return
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    kernel = module.weight.shape[2:]
-    module.weight = nn.Parameter(packed.w_OK.reshape(packed.w_OK.shape[0], -1, *kernel).clone())
-    module.in_channels = len(packed.keep_K)
-
-
-def _shrink_outputs(model: nn.Module, site: Site, keep_K: Tensor) -> None:
-    module = site.module(model)
-    assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-    module.weight = nn.Parameter(module.weight.detach()[keep_K].clone())
-    if module.bias is not None:
-        module.bias = nn.Parameter(module.bias.detach()[keep_K].clone())
-    if isinstance(module, nn.Linear):
-        module.out_features = len(keep_K)
-    else:
-        module.out_channels = len(keep_K)
-
-
-def _shrink_norm(module: nn.Module, keep_K: Tensor) -> None:
-    for name in ("weight", "bias"):
-        if getattr(module, name) is not None:
-            setattr(module, name, nn.Parameter(getattr(module, name).detach()[keep_K].clone()))
-    for name in ("running_mean", "running_var"):
-        if getattr(module, name) is not None:
-            setattr(module, name, getattr(module, name)[keep_K].clone())
-    module.num_features = len(keep_K)  # type: ignore[assignment]

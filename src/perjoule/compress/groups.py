@@ -1,61 +1,80 @@
-"""Groups: which layers must be cut together, read from the traced graph, not from class names.
+"""Groups: which channels must be cut together, read from the traced graph, not from class names.
 
-A channel group is a producer (Linear or Conv), the channel-wise operators behind it, and one consumer. Removing
-channel c then means: row c of the producer, entry c of batch-norm vectors between, and the block of columns of the
-consumer that reads c. The graph is the one torch.export gives; every operator between producer and consumer must be
-on the list of channel-wise ones, otherwise the group is refused with the offending operator named.
+    trace       the graph that torch.export gives
+    flow        every index of every weight runs through it as an atom (structure/)
+    group       channels that touch the same weights in the same way, so that any of them may go
+    proof       the cut network answers like the masked one, or the group is refused with the reason
 
-    producer --> relu / gelu / pool / batch norm / dropout / flatten / products of the same channels --> consumer
+A chain is the simplest group: rows of a producer, entries of batch norms, columns of a consumer. Residual streams,
+concatenations, depth-wise filters, gated pairs, attention heads and recurrent units are groups with more members.
+Where the channels of a group are several independent sets of the same size (layers of one LSTM), each is a strand.
 
-Covers MLPs, convolution chains (conv -> linear over flattened positions too) and transformer feed-forward layers.
-Left out: residual streams, concatenation, attention heads, gated pairs of producers.
-Source   the dependency-graph view: Fang et al. 2023 (DepGraph), arXiv:2301.12900; here for single chains.
+Left out normalisation over channels (layer norm, RMS norm, softmax): its streams stay as wide as they are.
+         Tied weights and layers that are called more than once.
+Source   Fang et al. 2023 (DepGraph), arXiv:2301.12900.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.fx import Node
+from torch import nn
 
 from perjoule.compress.sites import Site
+from perjoule.compress.structure import products, views  # noqa: F401 - their rules register themselves
+from perjoule.compress.structure.cut import Attribute, Role, Slot
+from perjoule.compress.structure.flow import Flow
+from perjoule.compress.structure.proof import Trial, prove
 from perjoule.core.errors import WorkloadError
+from perjoule.measure.forward import plain_kernels
 
-aten = torch.ops.aten
-
-_PRODUCT = {aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv1d.padding, aten.conv2d.padding}
-_CHANNELWISE_NAMES = """
-    relu relu_ relu6 gelu silu silu_ tanh sigmoid elu leaky_relu leaky_relu_ hardtanh hardtanh_ hardswish hardswish_
-    hardsigmoid mish softplus erf exp neg square pow clamp mul add sub div
-    dropout dropout_ feature_dropout clone contiguous alias detach batch_norm
-    max_pool1d max_pool2d max_pool2d_with_indices avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d
-"""
-_CHANNELWISE = {getattr(aten, name) for name in _CHANNELWISE_NAMES.split() if hasattr(aten, name)}
-_RESHAPES = {aten.flatten, aten.view, aten.reshape, aten._unsafe_view}
+NAMED = 3
+"""Members that a group's name lists on either side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Channels that can be removed from a producer and its only consumer."""
+    """Channels that can be removed from everything that makes, carries or reads them."""
 
-    producer: str
-    consumer: str
+    name: str
+    """Producers -> consumers, in the order of the model."""
     channels: int
-    block: int
-    """Columns of the consumer per channel."""
-    norms: tuple[str, ...] = ()
-    """Batch-norm modules between them, cut along."""
+    slots: tuple[Slot, ...]
+    strands: int = 1
+    attributes: tuple[Attribute, ...] = ()
 
     @property
-    def name(self) -> str:
-        return f"{self.producer} -> {self.consumer}"
+    def producers(self) -> tuple[str, ...]:
+        """Modules whose rows go, in the order of the model."""
+        return tuple(dict.fromkeys(s.module for s in self.slots if s.role == "writes"))
+
+    @property
+    def consumers(self) -> tuple[str, ...]:
+        """Modules whose columns go."""
+        return tuple(dict.fromkeys(s.module for s in self.slots if s.role == "reads"))
+
+    @property
+    def producer(self) -> str:
+        return self.producers[0]
+
+    @property
+    def consumer(self) -> str:
+        return self.consumers[0]
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Batch norms between, cut along."""
+        return tuple(dict.fromkeys(s.module for s in self.slots if s.parameter.endswith("running_mean")))
+
+    def slot(self, parameter: str, role: Role) -> Slot | None:
+        """How the group touches a weight."""
+        return next((s for s in self.slots if s.parameter == parameter and s.role == role), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +88,9 @@ class Refused:
 def trace(model: nn.Module, batch: Mapping[str, Any]) -> torch.export.ExportedProgram:
     """The model's graph. Raises WorkloadError with the reason if it cannot be traced."""
     try:
-        with torch.no_grad(), contextlib.redirect_stdout(None), warnings.catch_warnings():
+        with (
+            torch.no_grad(), plain_kernels(), contextlib.redirect_stdout(None), warnings.catch_warnings()
+        ):  # fmt: skip
             warnings.simplefilter("ignore")  # recurrent layers refresh their flat weights; torch warns of it
             return torch.export.export(model, args=(), kwargs=dict(batch), strict=False)
     except Exception as error:
@@ -82,118 +103,118 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> torch.export.ExportedPr
 def find(
     program: torch.export.ExportedProgram, model: nn.Module, sites: Sequence[Site]
 ) -> tuple[list[Group], list[Refused]]:
-    """All channel groups of the traced model, and the producers that cannot be cut, with the reason."""
-    modules = {f"{s.name}.weight" if s.name else "weight": s for s in sites if s.kind in ("linear", "conv")}
-    parameter = dict(program.graph_signature.inputs_to_parameters)
-    buffers = dict(program.graph_signature.inputs_to_buffers)
-    uses: dict[str, list[Node]] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in _PRODUCT:
-            name = parameter.get(getattr(node.args[1], "name", ""))
-            if name in modules:
-                uses.setdefault(modules[name].name, []).append(node)
-    by_node = {nodes[0]: name for name, nodes in uses.items() if len(nodes) == 1}
-    shared = {name for name, nodes in uses.items() if len(nodes) > 1}
-    known = {s.name: s for s in sites}
-    groups: list[Group] = []
-    refused = [Refused(producer=n, reason="called more than once") for n in sorted(shared)]
-    for node, name in by_node.items():
-        found = _follow(node, by_node, {**parameter, **buffers})
-        if isinstance(found, str):
-            refused.append(Refused(producer=name, reason=found))
-            continue
-        consumer, norms = found
-        channels, columns = known[name].shape[0], known[consumer].shape[1]
-        if columns % channels:
-            refused.append(Refused(producer=name, reason=f"{channels} channels do not divide {columns} inputs"))
-        elif channels > 1:
-            groups.append(
-                Group(producer=name, consumer=consumer, channels=channels, block=columns // channels, norms=norms)
+    """All groups of the traced model that are proved safe, and the layers whose channels stay, with the reason."""
+    flow = Flow(program, model)
+    labels = flow.atoms.labels()
+    reasons = _reasons(flow, labels)
+    groups = _tied_together(flow, labels, _grouped(flow, labels, set(reasons)))
+    args, kwargs = program.example_inputs or ((), {})
+    proved = prove(model, [Trial(channels=g.channels, strands=g.strands, slots=g.slots) for g in groups], args, kwargs)
+    found, why = [], {}
+    for group, outcome in zip(groups, proved, strict=True):
+        if isinstance(outcome, str):
+            why.update({p: outcome for p in group.producers})
+        else:
+            found.append(replace(group, attributes=outcome.attributes))
+    cut = {p for g in found for p in g.producers}
+    makers = _makers(flow, labels)
+    refused = []
+    for site in sites:
+        if site.kind in ("linear", "conv", "recurrent") and site.name not in cut:
+            own = makers.get(site.name)
+            said = next((r for label, r in reasons.items() if own is not None and label in own), None)
+            reason = why.get(site.name) or said or "no linear or convolution layer reads it"
+            refused.append(Refused(producer=site.name, reason=reason))
+    return found, refused
+
+
+def _reasons(flow: Flow, labels: np.ndarray) -> dict[int, str]:
+    """By class that must stay, the first reason in the graph's order."""
+    found: dict[int, str] = {}
+    for atoms, reason in flow.atoms.pins:
+        for label in np.unique(labels[atoms.numpy()]).tolist():
+            found.setdefault(label, reason)
+    return found
+
+
+def _roles(flow: Flow) -> np.ndarray:
+    """By atom: 1 where a product reads it, 2 where one writes it."""
+    roles = np.zeros(flow.atoms.count, np.int8)
+    for number, families in ((2, flow.atoms.writes), (1, flow.atoms.reads)):
+        for family in families:
+            roles[family.flatten().numpy()] = number
+    return roles
+
+
+def _makers(flow: Flow, labels: np.ndarray) -> dict[str, set[int]]:
+    """By module: the classes of the channels that its weights make."""
+    roles, found = _roles(flow), dict[str, set[int]]()
+    for name, _, atoms in flow.slots:
+        if roles[int(atoms[0])] == 2:
+            found.setdefault(name.rpartition(".")[0], set()).update(labels[atoms.numpy()].tolist())
+    return found
+
+
+def _grouped(flow: Flow, labels: np.ndarray, stays: set[int]) -> list[Group]:
+    """Classes with the same footprint are the interchangeable channels of one group."""
+    roles = _roles(flow)
+    names: tuple[Role, ...] = ("along", "reads", "writes")
+    footprint: dict[int, dict[int, list[int]]] = {}
+    for number, (_, _, atoms) in enumerate(flow.slots):
+        for index, label in enumerate(labels[atoms.numpy()].tolist()):
+            if label not in stays:
+                footprint.setdefault(label, {}).setdefault(number, []).append(index)
+    alike: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for label, touched in footprint.items():
+        alike.setdefault(tuple((n, len(i)) for n, i in touched.items()), []).append(label)
+    found, taken = [], set[str]()
+    for key, members in alike.items():
+        slots = tuple(
+            Slot(
+                parameter=flow.slots[n][0],
+                axis=flow.slots[n][1],
+                index=tuple(tuple(footprint[m][n]) for m in members),
+                rank=flow.ranks[flow.slots[n][0]],
+                role=names[roles[int(flow.slots[n][2][0])]],
             )
-    return groups, refused
+            for n, _ in key
+        )
+        group = Group(name="", channels=len(members), slots=slots)
+        if len(members) > 1 and group.producers and group.consumers:
+            name = _name(group, taken)
+            found.append(replace(group, name=name))
+    return found
 
 
-def _follow(start: Node, products: Mapping[Node, str], state: Mapping[str, str]) -> tuple[str, tuple[str, ...]] | str:
-    """The only consumer behind `start` and the norms between, or the reason why there is none."""
-    reached: dict[Node, int] = {start: _channel_axis(start)}
-    queue, consumers, norms = [start], set[Node](), set[str]()
-    while queue:
-        node = queue.pop()
-        for user in node.users:
-            if user in products and user.args[0] is node:
-                if _channel_axis(user) != reached[node]:
-                    return f"its channels are not the inputs of {products[user]}"
-                consumers.add(user)
-                continue
-            axis = _through(user, node, reached)
-            if isinstance(axis, str):
-                return axis
-            if _packet(user) is aten.batch_norm:
-                norms.add(state.get(getattr(user.args[1], "name", ""), "").rpartition(".")[0])
-            if user not in reached:
-                reached[user] = axis
-                queue.append(user)
-    if "" in norms:
-        return "a batch norm without weights lies between"
-    stranger = _stranger(start, reached)
-    if stranger:
-        return stranger
-    if len(consumers) != 1:
-        return f"read by {len(consumers)} layers" if consumers else "no linear or convolution layer reads it"
-    return products[consumers.pop()], tuple(sorted(norms))
+def _name(group: Group, taken: set[str]) -> str:
+    def some(names: Sequence[str]) -> str:
+        more = len(names) - NAMED
+        return " + ".join(names[:NAMED]) + (f" + {more} more" if more > 0 else "")
+
+    name = stem = f"{some(group.producers)} -> {some(group.consumers)}"
+    while name in taken:
+        name = f"{stem} ({sum(t.startswith(stem) for t in taken) + 1})"
+    taken.add(name)
+    return name
 
 
-def _stranger(start: Node, reached: Mapping[Node, int]) -> str:
-    """Why a tensor from elsewhere, combined with the channels, breaks the pairing; "" if there is none."""
-    for node in reached:
-        if node is start or _packet(node) is aten.batch_norm:
-            continue
-        for other in node.all_input_nodes:
-            if other not in reached and _size(other) > 1:
-                return f"{node.name} combines it with {other.name}"
-    return ""
-
-
-def _packet(node: Node) -> Any:
-    return getattr(node.target, "overloadpacket", node.target)
-
-
-def _value(node: Node) -> Tensor:
-    value = node.meta.get("val")
-    value = value[0] if isinstance(value, tuple | list) else value
-    assert isinstance(value, Tensor)
-    return value
-
-
-def _size(node: Node) -> int:
-    value = node.meta.get("val")
-    return math.prod(int(n) for n in value.shape) if isinstance(value, Tensor) else 1
-
-
-def _channel_axis(node: Node) -> int:
-    """Axis of the channels in a product's data: the last for linear layers, 1 for convolutions; from the left."""
-    return _value(node).ndim - 1 if _packet(node) is aten.linear else 1
-
-
-def _through(user: Node, node: Node, reached: Mapping[Node, int]) -> int | str:
-    """Axis of the channels behind `user`, or the reason why they cannot be followed through it."""
-    if user.op == "output":
-        return "its channels are the model's output"
-    packet, axis = _packet(user), reached[node]
-    if packet in _RESHAPES:
-        before, after = _value(node).shape, _value(user).shape
-        if tuple(before) == tuple(after):
-            return axis
-        flat = (*before[:axis], math.prod(before[axis:]))
-        if tuple(after) == flat:
-            return axis
-        return f"{user.name} reorders the channels"
-    if packet in _CHANNELWISE:
-        if packet is aten.batch_norm and (axis != 1 or user.args[0] is not node):
-            return f"{user.name} normalises another axis"
-        if "pool" in str(packet) and axis != 1:
-            return f"{user.name} pools over the channels"
-        return axis
-    if packet is not None and "getitem" in str(packet):
-        return axis
-    return f"{str(packet).replace('aten.', '')} mixes channels" if packet is not None else "unknown operator"
+def _tied_together(flow: Flow, labels: np.ndarray, groups: list[Group]) -> list[Group]:
+    """Groups that may only lose equal numbers become the strands of one; incomplete ties are dropped."""
+    at = {}
+    for number, group in enumerate(groups):
+        for slot in group.slots:
+            atoms = next(a for n, x, a in flow.slots if (n, x) == (slot.parameter, slot.axis))
+            at.update({int(labels[int(atoms[i])]): number for own in slot.index for i in own})
+    gone: set[int] = set()
+    bundles = []
+    for families in flow.atoms.ties:
+        numbers = [{at.get(int(labels[int(a)])) for a in family} for family in families]
+        members = [next(iter(n)) for n in numbers if len(n) == 1]
+        gone |= {n for found in numbers for n in found if n is not None}
+        parts = [groups[m] for m in dict.fromkeys(members) if m is not None]
+        if len(members) == len(families) and None not in members and len({p.channels for p in parts}) == 1:
+            slots = tuple(replace(s, strand=k) for k, part in enumerate(parts) for s in part.slots)
+            whole = Group(name="", channels=parts[0].channels, slots=slots, strands=len(parts))
+            bundles.append(replace(whole, name=_name(whole, set())))
+    order = [*(g for n, g in enumerate(groups) if n not in gone), *bundles]
+    return order

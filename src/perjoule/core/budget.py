@@ -8,6 +8,7 @@ from typing import Literal
 
 from perjoule.core import units
 from perjoule.core.errors import BudgetError
+from perjoule.core.reading import Estimate
 
 Objective = Literal["energy", "size", "latency"]
 LimitKind = Literal["fraction", "absolute"]
@@ -40,6 +41,12 @@ class Budget:
     latency: Limit | None = None
     """Seconds of the workload's first kind of request."""
     objective: Objective = "energy"
+    sure: bool = False
+    """Hold `keep` to the lower end of the quality's interval instead of to its estimate."""
+
+    def kept(self, relative: Estimate) -> float:
+        """What of `relative`, a quality over the original's, is held against `keep`."""
+        return relative.low if self.sure else relative.value
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.keep) and 0 < self.keep <= 1):
@@ -62,6 +69,7 @@ class Budget:
         energy: str | None = None,
         latency: str | None = None,
         objective: Objective = "energy",
+        sure: bool = False,
     ) -> Budget:
         """A budget from what a person writes: "99%", "25%" or "10MB", "50%", "5ms" or "50%"."""
         return cls(
@@ -70,6 +78,7 @@ class Budget:
             energy=_limit(energy, "--energy"),
             latency=_limit(latency, "--latency"),
             objective=objective,
+            sure=sure,
         )
 
 

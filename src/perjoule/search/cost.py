@@ -22,7 +22,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from perjoule.compress.forms import Grid, LowRank, Metric, Sparse
+from perjoule.compress.forms import LowRank, Metric
 from perjoule.compress.forms.grid import ActivationGrid, GridPacked
 from perjoule.compress.sites import Site
 from perjoule.core.errors import ExportError
@@ -151,7 +151,6 @@ def one_layer(module: nn.Module, site: Site, option: Option, shape: tuple[int, .
         return graph
     if isinstance(packed, GridPacked) and option.activations == "static":
         packed.activation = ActivationGrid.over(-4.0, 4.0)
-    assert isinstance(option.form, Grid | Sparse)
     cut = Site(name=site.name, kind=site.kind, layer=site.layer, parameters=site.parameters, shapes=((rows, columns),))
     lower(graph, {site.name: cut}, {site.name: [packed]}, {site.name: option.activations}, lower_recurrent)
     return graph

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from perjoule.core.budget import Budget
 from perjoule.core.errors import WorkloadError
 from perjoule.core.reading import Estimate
 from perjoule.core.workload import Workload
@@ -21,6 +22,8 @@ Array = np.ndarray[Any, Any]
 DRAWS = 1000
 NEIGHBOURS_UP_TO = 4096
 """Examples among which nearest neighbours are compared."""
+WORST = 3
+"""Classes named for their flipped answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,9 @@ class Judgement:
 class Judge:
     """Knows the original's answers."""
 
-    def __init__(self, workload: Workload, reference: Array) -> None:
+    def __init__(self, workload: Workload, reference: Array, budget: Budget | None = None) -> None:
         """`reference`: the original's answers over all evaluation examples, axis 0 = examples."""
+        self.budget = budget or Budget()
         self.workload = workload
         self.reference = reference
         self.original = self._scores(reference)
@@ -52,15 +56,13 @@ class Judge:
         return self.workload.score is not None
 
     def search_half(self, answers: Array) -> tuple[float, float]:
-        """(quality over the original's, mean squared relative change) on the half the search may look at.
+        """(quality over the original's, as the budget holds it; mean squared relative change) on the search's half.
 
         `answers`: over all examples, or, where the score allows it, over the even ones only.
         """
+        relative = self.budget.kept(self(answers, "search").relative)
         if self.needs_all:
-            relative = self(answers, "search").relative.value
             answers = answers[::2]
-        else:
-            relative = float(cosine(answers, self.reference[::2]).mean())
         theirs = self.reference[::2]
         return relative, float(np.square(answers - theirs).sum() / max(float(np.square(theirs).sum()), 1e-30))
 
@@ -109,7 +111,7 @@ class Judge:
         if mine.ndim != 2:
             return details
         if self.workload.score is not None:
-            details["answers that flipped"] = float((mine.argmax(1) != theirs.argmax(1)).mean())
+            details |= flips(mine.argmax(1), theirs.argmax(1))
         elif 16 <= len(mine) <= NEIGHBOURS_UP_TO:
             first, ten = neighbour_agreement(mine, theirs)
             details["same nearest neighbour"] = first
@@ -129,6 +131,21 @@ def cosine(a: Array, b: Array) -> Array:
     result: Array = (x * y).sum(1) / np.maximum(norms, 1e-12)
     result[(x == y).all(1)] = 1.0  # whatever the rounding, and also where all answers are 0
     return result
+
+
+def flips(mine: Array, theirs: Array) -> dict[str, float]:
+    """Share of examples whose class is another one now: of all, and of the WORST classes of the original's answers.
+
+    A mean hides it when a small class is lost (Hooker et al. 2020, arXiv:2010.03058).
+    """
+    flipped = mine != theirs
+    classes, at, count = np.unique(theirs, return_inverse=True, return_counts=True)
+    share = np.bincount(at, flipped) / count
+    worst = [i for i in np.argsort(-share, kind="stable")[:WORST] if share[i] > 0] if len(classes) > 1 else []
+    return {
+        "answers that flipped": float(flipped.mean()),
+        **{f"answers that flipped, class {classes[i]}": float(share[i]) for i in worst},
+    }
 
 
 def neighbour_agreement(a: Array, b: Array) -> tuple[float, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from perjoule.compress.forms import Form, Grid, LowRank, Sparse
+from perjoule.compress.forms import Codebook, Form, Grid, LowRank, Sparse
 from perjoule.compress.groups import Group
 from perjoule.compress.sites import Site
 from perjoule.core.budget import Objective
@@ -45,14 +45,20 @@ KEEP = Option(name="keep", form=None)
 _SECOND = {"saliency": "second_order", "fit": "second_order"}
 
 INT8_DYNAMIC = Option(name="int8-dynamic", form=Grid(activations="dynamic"))
-INT8_STATIC = Option(name="int8-static", form=Grid(activations="static"))
+INT8_STATIC = Option(name="int8-static", form=Grid(activations="static", ranges="mse"))
 INT8_WEIGHTS = Option(name="int8-weights", form=Grid())
 INT4_GROUPS = Option(name="int4-groups", form=Grid(bits=4, group=32), **_SECOND)
 INT4_TABLE = Option(name="int4-table", form=Grid(bits=4, group=32))
 LOW_RANK = Option(name="low-rank", form=LowRank(share=0.5), **_SECOND)
-SPARSE = Option(name="sparse", form=Sparse(density=0.04), **_SECOND)
-"""Only where bytes are the objective, and only this sparse: at 12 bytes a weight that stays, and no gain in time,
-anything denser loses to int4 in bytes and in damage."""
+INT3_GROUPS = Option(
+    name="int3-groups", form=Grid(bits=3, group=32, symmetric=False, clip=True, scales="float16"), **_SECOND
+)
+CODEBOOK_16 = Option(name="codebook-16", form=Codebook(values=16, half=True), **_SECOND)
+CODEBOOK_8 = Option(name="codebook-8", form=Codebook(values=8, half=True), **_SECOND)
+SPARSE_CODEBOOK = Option(name="sparse-codebook", form=Sparse(density=0.3) & Codebook(values=8, half=True), **_SECOND)
+COMPACT = (INT3_GROUPS, CODEBOOK_16, CODEBOOK_8, SPARSE_CODEBOOK)
+"""Decoded to float when the file is opened: they save bytes on disk and nothing else, so only a search for bytes
+looks at them."""
 
 
 def options(site: Site, objective: Objective = "energy") -> list[Option]:
@@ -71,7 +77,7 @@ def options(site: Site, objective: Objective = "energy") -> list[Option]:
             found.append(INT4_GROUPS)
         if min(rows, columns) >= 64:
             found.append(LOW_RANK)
-    return [*found, SPARSE] if objective == "size" else found
+    return [*found, *COMPACT] if objective == "size" else found
 
 
 def widths(group: Group) -> list[int]:

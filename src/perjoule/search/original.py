@@ -17,6 +17,7 @@ from perjoule.compress import groups as grouping
 from perjoule.compress import sites as siting
 from perjoule.compress.apply import Compressed
 from perjoule.core.atomic import replacing
+from perjoule.core.budget import Budget
 from perjoule.core.errors import WorkloadError
 from perjoule.core.progress import stage
 from perjoule.core.workload import Workload
@@ -31,7 +32,7 @@ from perjoule.search.session import Session
 class Original:
     """Its answers, sites, channel groups, graph, exported file, bytes and count."""
 
-    def __init__(self, workload: Workload, folder: Path, session: Session) -> None:
+    def __init__(self, workload: Workload, folder: Path, session: Session, budget: Budget) -> None:
         refuse_nan(workload.model)
         self.workload = replace(workload, model=copy.deepcopy(workload.model).eval())
         self.model: nn.Module = self.workload.model
@@ -40,7 +41,7 @@ class Original:
             start = time.perf_counter()
             self.reference = session.again("reference", lambda: answers(self.model, self.workload.evaluation).numpy())
             self.forward_s = (time.perf_counter() - start) / len(self.workload.evaluation)
-            self.judge = Judge(self.workload, self.reference)
+            self.judge = Judge(self.workload, self.reference, budget)
             step()
             self.sites, self.untreated = siting.find(self.model)
             program = grouping.trace(self.model, self.workload.example)

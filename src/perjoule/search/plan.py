@@ -10,6 +10,7 @@ from torch import nn
 
 from perjoule.compress.groups import Group
 from perjoule.compress.sites import Site
+from perjoule.compress.structure.cut import Slot
 from perjoule.core.budget import Budget, Objective
 from perjoule.core.errors import BudgetError
 from perjoule.search.allocate import Allocation, Choice, Link, Value
@@ -36,7 +37,7 @@ class Baseline:
     size_bytes: int
     """Of the original's own file."""
     vectors: Mapping[str, int]
-    """By producer of a channel group: stored vectors that are cut along with it, as `vectors_beside` finds them."""
+    """By first producer of a channel group: stored numbers per channel beside the weights, as `vectors_beside` says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,8 @@ def menus_for(
     progress: Callable[[], None],
 ) -> dict[str, list[Choice]]:
     """All choices of all sites for one runtime; costs are measured as they are asked for."""
-    produced = {g.producer: g for g in groups}
-    consumed = {g.consumer: g for g in groups}
+    produced = {name: g for g in groups for name in g.producers}
+    consumed = {name: g for g in groups for name in g.consumers}
     labels = _timed(list(baseline.seconds))
     menus: dict[str, list[Choice]] = {}
     for site in sites:
@@ -81,8 +82,11 @@ def menus_for(
                 (wide_in, wide_out, *cut)
                 for wide_in in (widths(group_in) if group_in else [0])
                 for wide_out in (widths(group_out) if group_out else [0])
-                if (cut := _cut(site, option, group_in, wide_in, wide_out)) is not None
+                if group_in is None or group_in is not group_out or wide_in == wide_out
+                if (cut := _cut(model, site, option, group_in, wide_in, group_out, wide_out)) is not None
             ]
+            if not ways:
+                continue
             seconds = {
                 label: _surface(model, site, option, shapes[site.name][label], [w[2:] for w in ways], table)
                 for label in labels
@@ -98,7 +102,7 @@ def menus_for(
                         width_in=wide_in,
                         width_out=wide_out,
                         damage=damages.of_option[site.name][option.name],
-                        damage_width=damages.of_width[group_in.name][wide_in] if group_in else 0.0,
+                        damage_width=_once(site, group_in, damages, wide_in),
                         nbytes=_nbytes(site, option, rows, columns) + 4 * wide_out * baseline.vectors.get(site.name, 0),
                         cost=sum(s / baseline.runtime_seconds[k] for k, s in found.items()) / len(labels),
                         latency_s=found[labels[0]],
@@ -141,14 +145,59 @@ def _timed(labels: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([labels[0], labels[-1]]))
 
 
-def _cut(site: Site, option: Option, group_in: Group | None, wide_in: int, wide_out: int) -> tuple[int, int] | None:
+def priced(groups: Sequence[Group], sites: Sequence[Site]) -> tuple[list[Group], list[str]]:
+    """The groups that menus can express, and a line for each of the others.
+
+    Every member must be a linear or convolution site that takes part in no other group on the same side.
+    """
+    plain = {s.name for s in sites if s.kind in ("linear", "conv")}
+    taken: set[tuple[str, str]] = set()
+    found, left = [], []
+    for group in groups:
+        ends = {*(("out", n) for n in group.producers), *(("in", n) for n in group.consumers)}
+        strange = [s.module for s in group.slots if s.module not in plain and (s.role != "along" or _matrix(s))]
+        if strange or group.strands > 1:
+            left.append(f"channels of {group.name} are not cut: {(strange or ['its layer'])[0]} has no price by width")
+        elif ends & taken:
+            other = min(name for _, name in ends & taken)
+            left.append(f"channels of {group.name} are not cut: {other} belongs to another group already")
+        else:
+            taken |= ends
+            found.append(group)
+    return found, left
+
+
+def _matrix(slot: Slot) -> bool:
+    """Whether a weight that goes along is more than a vector: a depth-wise filter."""
+    return slot.role == "along" and slot.rank > 1
+
+
+def _once(site: Site, group: Group | None, damages: Damages, width: int) -> float:
+    """The damage of a width, at the group's first reader only: it is that of all of them."""
+    return damages.of_width[group.name][width] if group is not None and site.name == group.consumer else 0.0
+
+
+def _cut(
+    model: nn.Module,
+    site: Site,
+    option: Option,
+    group_in: Group | None,
+    wide_in: int,
+    group_out: Group | None,
+    wide_out: int,
+) -> tuple[int, int] | None:
     """Rows and columns of the cut site; None where the option does not fit them."""
     if site.kind == "recurrent":
         return site.shape
     rows, columns = site.shape
-    rows = wide_out or rows
-    if group_in is not None:
-        columns = columns // group_in.channels * wide_in
+    name = f"{site.name}.weight" if site.name else "weight"
+    written = group_out.slot(name, "writes") if group_out is not None else None
+    if group_out is not None and written is not None:
+        rows -= written.each * (group_out.channels - wide_out)
+    read = group_in.slot(name, "reads") if group_in is not None else None
+    if group_in is not None and read is not None:
+        kernel = columns // len(site.module(model).weight[0])  # type: ignore[index]
+        columns -= kernel * read.each * (group_in.channels - wide_in)
     group = getattr(option.form, "group", None)
     if group and columns % group:
         return None
@@ -206,7 +255,11 @@ def plan_for(
         first_label = next(iter(baseline.seconds))
         other = max(0.0, baseline.runtime_seconds[first_label] - sum(c.latency_s for c in kept.values()))
         limits.append((lambda c: c.latency_s, max(1e-12, budget.latency.of(baseline.seconds[first_label]) - other)))
-    links = [Link(producer=g.producer, consumer=g.consumer) for g in groups]
+    links = [
+        Link(producer=p, consumer=c)
+        for g in groups
+        for p, c in [*((p, g.consumer) for p in g.producers), *((g.producer, c) for c in g.consumers[1:])]
+    ]
     problem = Problem(runtime=runtime, menus=menus, links=links, minimise=minimise, limits=limits)
     return Plan(problem=problem, kept_cost=kept_cost, baseline=baseline)
 

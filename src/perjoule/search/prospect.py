@@ -110,7 +110,9 @@ class Prospect:
         self.sites = reached
         _refuse_nothing(self.sites)
         names = {s.name for s in reached}
-        self.groups = [g for g in self.original.groups if g.producer in names and g.consumer in names]
+        known = [g for g in self.original.groups if {*g.producers, *g.consumers} <= names]
+        self.groups, left = plan.priced(known, self.sites)
+        self.notes += left
         self.applier = Applier(self.model, self.sites, self.groups, self.stats)
 
         def assess() -> Any:

@@ -235,9 +235,10 @@ def decided(point: Point, original: Point, budget: Budget) -> Point:
     """`point` kept or refused, with every reason: a claim that is not proven is no saving."""
     first = next(iter(original.latency_s))
     reasons = []
-    if point.quality_relative.value < budget.keep - ROUNDING:
-        kept, asked = units.percent(point.quality_relative.value), units.percent(budget.keep)
-        reasons.append(f"keeps {kept} of the quality, {asked} asked")
+    if budget.kept(point.quality_relative) < budget.keep - ROUNDING:
+        kept, asked = units.percent(budget.kept(point.quality_relative)), units.percent(budget.keep)
+        surely = "surely keeps only" if budget.sure else "keeps"
+        reasons.append(f"{surely} {kept} of the quality, {asked} asked")
     if budget.size is not None and point.size_bytes > budget.size.of(original.size_bytes):
         reasons.append(
             f"{units.size(point.size_bytes)} on disk, {units.size(budget.size.of(original.size_bytes))} allowed"

@@ -28,7 +28,7 @@ def recipe_of(allocation: Allocation, groups: Sequence[Group], seed: int) -> Rec
     steps = [
         Step(
             sites=(g.name,),
-            form=Channels(keep=widths[g.producer], block=g.block).config(),
+            form=Channels(keep=widths[g.producer]).config(),
             saliency="second_order",
             fit="second_order",
         )
@@ -62,15 +62,16 @@ def payload_bytes(original: Graph, sites: Sequence[Site], compressed: Compressed
 
 
 def vectors_beside(graph: Graph, groups: Sequence[Group]) -> dict[str, int]:
-    """By producer: how many stored vectors are cut along with its channels - its bias, and what is left of the
-    batch norms behind it; one right behind the layer was folded into its weight and bias by the exporter.
+    """By first producer: how many stored numbers go with every channel - of biases, and of what is left of the batch
+    norms behind; one right behind a layer was folded into its weight and bias by the exporter.
     """
+    stored = {t.name for t in graph.graph.initializer}
     found = {}
     for group in groups:
-        names = {f"{ROOT}.{group.producer}.bias", f"{ROOT}.{group.producer}.weight{_FOLDED}"}
-        norms = tuple(f"{ROOT}.{norm}." for norm in group.norms)
-        own = [t for t in graph.graph.initializer if t.name in names or (norms and t.name.startswith(norms))]
-        found[group.producer] = sum(list(t.dims) == [group.channels] for t in own)
+        beside = {f"{ROOT}.{s.parameter}": s.each for s in group.slots if s.rank == 1}
+        made = [s for s in group.slots if s.role == "writes"]
+        beside |= {f"{ROOT}.{s.parameter}{_FOLDED}": s.each for s in made}
+        found[group.producer] = sum(each for name, each in beside.items() if name in stored)
     return found
 
 

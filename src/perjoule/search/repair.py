@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from perjoule.compress.apply import Compressed
 from perjoule.compress.forms import Packed
-from perjoule.compress.forms.grid import GridPacked, codes
-from perjoule.compress.forms.sparse import SparsePacked
+from perjoule.compress.repair import LEARNS, back
 from perjoule.core.atomic import replacing
 from perjoule.core.record import Repair
 from perjoule.train.distill import distill
@@ -40,10 +39,11 @@ def repaired(
     projections: dict[str, Callable[[Tensor], Tensor]] = {}
     frozen = []
     for name, site in compressed.sites.items():
-        if site.kind in ("table", "recurrent"):
+        known = compressed.packed.get(name, [])
+        if site.kind in ("table", "recurrent") or not all(isinstance(p, LEARNS) for p in known):
             frozen += [f"{name}.{p}" for p in site.parameters]
-        elif name in compressed.packed:
-            projections[f"{name}.{site.parameters[0]}"] = _projection(compressed.packed[name][0])
+        elif known:
+            projections[f"{name}.{site.parameters[0]}"] = _projection(known[0])
     if stored.exists():
         model = copy.deepcopy(compressed.model)
         model.load_state_dict(load_file(stored))
@@ -64,7 +64,7 @@ def repaired(
     packed = dict(compressed.packed)
     for name, site in compressed.sites.items():
         if f"{name}.{site.parameters[0]}" in projections:
-            packed[name] = [_again(compressed.packed[name][0], site.matrices(model)[0])]
+            packed[name] = [back(compressed.packed[name][0], site.matrices(model)[0].clone())]
     repair = Repair(method="distillation of outputs", steps=steps, learning_rate=LEARNING_RATE, seed=seed)
     return Compressed(
         model=model,
@@ -76,24 +76,5 @@ def repaired(
 
 
 def _projection(packed: Packed) -> Callable[[Tensor], Tensor]:
-    """Weight -> nearest weight that has the same scales, or the same mask."""
-    if isinstance(packed, GridPacked):
-        return lambda w: _recoded(packed, w.flatten(1)).dense().reshape(w.shape)
-    if isinstance(packed, SparsePacked):
-        return lambda w: w * packed.mask_OI.reshape(w.shape)
-    return lambda w: w
-
-
-def _recoded(packed: GridPacked, w_OI: Tensor) -> GridPacked:
-    """The nearest codes on the same grid."""
-    q_OI = codes(w_OI, packed.s_OG, bits=packed.bits, z_OG=packed.z_OG, group=packed.group)
-    return replace(packed, q_OI=q_OI)
-
-
-def _again(packed: Packed, w_OI: Tensor) -> Packed:
-    """The trained weight in the same form. Scales and masks are the ones it was trained under."""
-    if isinstance(packed, GridPacked):
-        return _recoded(packed, w_OI)
-    if isinstance(packed, SparsePacked):
-        return SparsePacked(w_OI=w_OI.clone(), mask_OI=packed.mask_OI)
-    return packed
+    """Weight -> the nearest one with the same scales, book or mask."""
+    return lambda w: back(packed, w.flatten(1)).dense().reshape(w.shape)

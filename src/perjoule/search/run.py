@@ -56,7 +56,7 @@ class Run:
         self.settings, self.command, self.session = settings, command, session
         self.progress = session.progress
         self.date = session.once("date", lambda: datetime.now(UTC).strftime("%Y-%m-%d"))
-        self.original = Original(workload, folder, session)
+        self.original = Original(workload, folder, session, budget)
         self.prospect = Prospect(self.original, budget, runtimes, evaluations, seed, settings, folder, session)
         self.hunt = Hunt(self.prospect)
         self.notes = [*self.prospect.notes, *self.hunt.notes]
@@ -145,7 +145,8 @@ class Run:
         limit = self.budget.size.of(self.original.size_bytes) if self.budget.size is not None else float("inf")
 
         def rank(v: prove.Version) -> tuple[bool, float]:
-            outside = v.judgement.relative.value < self.budget.keep - prove.ROUNDING or v.written.size_bytes > limit
+            worse = self.budget.kept(v.judgement.relative) < self.budget.keep - prove.ROUNDING
+            outside = worse or v.written.size_bytes > limit
             predicted = v.predicted.get("energy_ratio", 0.5)
             return outside, float(v.written.size_bytes) if self.budget.objective == "size" else predicted
 

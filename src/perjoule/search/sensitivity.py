@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from perjoule.compress.apply import Applier, metric_for
 from perjoule.compress.fit import FITS
 from perjoule.compress.forms import Grid
-from perjoule.compress.forms.channels import removal_errors
 from perjoule.compress.groups import Group
 from perjoule.compress.saliency import Statistics
 from perjoule.compress.sites import Site
 from perjoule.compress.stream import Sensed, TableStatistics
+from perjoule.compress.structure import choice
+from perjoule.compress.structure.cut import Cutter
 from perjoule.core.budget import Objective
 from perjoule.core.errors import ConfigError
 from perjoule.core.record import Recipe, Step
@@ -60,7 +61,6 @@ def assess(
 ) -> Damages:
     """Damages of all options of all sites, and of all widths of all groups."""
     found = Damages()
-    consumers = {g.consumer: g for g in groups}
     for site in sites:
         module = site.module(model)
         if site.kind == "recurrent":
@@ -76,10 +76,10 @@ def assess(
                 except (ConfigError, RuntimeError) as error:
                     found.refused.setdefault(site.name, {})[option.name] = str(error)
             found.of_option[site.name] = per_option
-            if site.name in consumers and isinstance(centred, Statistics):
-                group = consumers[site.name]
-                found.of_width[group.name] = _widths(site, w_OI, group, centred, sensed, seed)
         progress()
+    applier = Applier(model, sites, groups, stats)
+    for group in groups:
+        found.of_width[group.name] = _widths(applier, group, sensed)
     return found
 
 
@@ -102,14 +102,17 @@ def _damage(
 def _rounded_inputs(option: Option, w_OI: Tensor, seen: Statistics | TableStatistics, sensed: Sensed) -> float:
     if not isinstance(option.form, Grid) or option.form.activations == "none" or not isinstance(seen, Statistics):
         return 0.0
-    step2 = seen.step2 if option.form.activations == "dynamic" else ((seen.high - seen.low) / 255) ** 2
+    square = seen.step2 / 12 if option.form.activations == "dynamic" else seen.rounding(option.form.ranges)
     g_O = seen.g_O if seen.g_O is not None else torch.ones(w_OI.shape[0])
-    return step2 / 12 * float(g_O @ w_OI.square().sum(1)) / max(sensed.output_square, 1e-30)
+    return square * float(g_O @ w_OI.square().sum(1)) / max(sensed.output_square, 1e-30)
 
 
-def _widths(site: Site, w_OI: Tensor, group: Group, seen: Statistics, sensed: Sensed, seed: int) -> dict[int, float]:
-    errors = removal_errors(w_OI, metric_for(site, w_OI, "second_order", seen, seed), group.block)
-    return {keep: float(errors[keep]) / max(sensed.output_square, 1e-30) for keep in widths(group)}
+def _widths(applier: Applier, group: Group, sensed: Sensed) -> dict[int, float]:
+    """Of all layers that read the group together."""
+    model, cutter = applier.model, Cutter(applier.model)
+    found = choice.readers(group, model, applier.sites, cutter)
+    errors = choice.errors(group, model, found, applier.metric, cutter)
+    return {k: sum(float(e[k]) for e in errors.values()) / max(sensed.output_square, 1e-30) for k in widths(group)}
 
 
 def _recurrent(model: nn.Module, site: Site, batches: Iterable[Mapping[str, Any]], seed: int) -> dict[str, float]:

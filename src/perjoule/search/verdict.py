@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from perjoule.core import units
+from perjoule.core.budget import Budget
 from perjoule.core.reading import Estimate
 from perjoule.core.result import Point, Result
 
@@ -27,8 +28,15 @@ def verdict_of(result: Result, points: Sequence[Point]) -> str:
     return (
         f"{result.workload} in {best.runtime} {energy}, answers {' and '.join(speeds)}, its file is"
         f" {units.times(smaller)} smaller, and it keeps {units.percent(best.quality_relative.value)} of its"
-        f" {result.quality_name}."
+        f" {result.quality_name}{_unsure(best.quality_relative, result.budget)}."
     )
+
+
+def _unsure(relative: Estimate, budget: Budget) -> str:
+    if relative.low >= budget.keep:
+        return ""
+    low, high = units.percent(relative.low), units.percent(relative.high)
+    return f" ({relative.level:.0%} interval {low} to {high}: that it keeps {units.percent(budget.keep)} is not sure)"
 
 
 def _faster(speedup: Estimate, request: str) -> str:

@@ -7,6 +7,9 @@ K of the C column blocks non-zero. The producer then needs only K outputs: both 
     second-order   score of removing channel c:  tr(w_c ([H^-1]_cc)^-1 w_cᵀ)      (block optimal brain surgeon)
                    the rest is refitted by least squares:  Ŵ = W H_:K (H_KK)^-1
 
+In a network several layers may read the channels, and other groups the same layer: structure/choice.py sums the scores
+over all readers and refits each for the shared set; columns of no channel stay.
+
 Cost     O(I^3) once for the scores, O(O I^2) for the refit.
 Saves    FLOPs and bytes of both layers, in every runtime, no special kernel needed.
 Bound    the refit is the optimal Ŵ for the chosen channels.
@@ -74,10 +77,7 @@ class Channels(Form):
 
     def nearest(self, w_OI: Tensor, metric: Metric) -> ChannelsPacked:
         channels = self._channels(w_OI.shape[1])
-        error_OI = w_OI.square() * metric.diagonal_OI
-        if metric.rows_O is not None:
-            error_OI = error_OI * metric.rows_O[:, None]
-        score_C = error_OI.sum(0).reshape(channels, self.block).sum(1)
+        score_C = diagonal_scores(w_OI, metric, torch.arange(w_OI.shape[1]).reshape(channels, self.block))
         keep_K = score_C.topk(self.keep).indices.sort().values
         packed = ChannelsPacked(w_OK=w_OI, keep_K=keep_K, channels=channels)
         kept = (keep_K[:, None] * self.block + torch.arange(self.block)).flatten()
@@ -85,12 +85,10 @@ class Channels(Form):
         return packed
 
     def compensated(self, w_OI: Tensor, metric: Metric) -> ChannelsPacked:
-        channels = self._channels(w_OI.shape[1])
-        h = _damped(metric)
-        keep_K = removal_scores(w_OI, metric, self.block).topk(self.keep).indices.sort().values
-        kept = _columns(keep_K, self.block)
-        refit = torch.linalg.solve(h[kept][:, kept], h[kept] @ w_OI.double().T).T
-        return ChannelsPacked(w_OK=refit.float(), keep_K=keep_K, channels=channels)
+        columns_Cb = torch.arange(w_OI.shape[1]).reshape(self._channels(w_OI.shape[1]), self.block)
+        keep_K = removal_scores(w_OI, metric, columns_Cb).topk(self.keep).indices.sort().values
+        kept = columns_Cb[keep_K].flatten()
+        return ChannelsPacked(w_OK=refitted(w_OI, metric, kept)[:, kept], keep_K=keep_K, channels=len(columns_Cb))
 
     def nbytes(self, rows: int, columns: int) -> int:
         self._channels(columns)
@@ -115,32 +113,50 @@ def _weighted(w_OI: Tensor, metric: Metric) -> Tensor:
     return w if metric.rows_O is None else w * metric.rows_O.double().sqrt()[:, None]
 
 
-def removal_scores(w_OI: Tensor, metric: Metric, block: int) -> Tensor:
-    """Per channel, the least error that removing it alone causes once the others are refitted."""
+def removal_scores(w_OI: Tensor, metric: Metric, columns_Cb: Tensor) -> Tensor:
+    """Per channel, the least error that removing its columns alone causes once all others are refitted."""
     # Not cholesky_inverse: it is unblocked, five times slower for thousands of inputs.
     inverse = torch.linalg.inv(_damped(metric))
-    channels = w_OI.shape[1] // block
-    diagonal_Cbb = inverse.reshape(channels, block, channels, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    w_COb = _weighted(w_OI, metric).reshape(-1, channels, block).transpose(0, 1)
-    scores: Tensor = (w_COb @ torch.linalg.inv(diagonal_Cbb) * w_COb).sum((1, 2))
+    inverse_Cbb = inverse[columns_Cb[:, :, None], columns_Cb[:, None, :]]
+    w_COb = _weighted(w_OI, metric)[:, columns_Cb].transpose(0, 1)
+    scores: Tensor = (w_COb @ torch.linalg.inv(inverse_Cbb) * w_COb).sum((1, 2))
     return scores
 
 
-def removal_errors(w_OI: Tensor, metric: Metric, block: int) -> Tensor:
-    """For every K, the error of keeping the K best channels with the rest refitted; index K, from 0 to C.
+def diagonal_scores(w_OI: Tensor, metric: Metric, columns_Cb: Tensor) -> Tensor:
+    """Per channel, the error of removing it under the metric's diagonal."""
+    error_OI = w_OI.square() * metric.diagonal_OI
+    if metric.rows_O is not None:
+        error_OI = error_OI * metric.rows_O[:, None]
+    return error_OI.sum(0)[columns_Cb].sum(1)
 
-    With channels ordered from the best to the worst and H = L Lᵀ, the Schur complement of the removed ones is
-    L_RR L_RRᵀ: one factorisation gives the refitted error of all widths, tr(W_R L_RR L_RRᵀ W_Rᵀ).
+
+def refitted(w_OI: Tensor, metric: Metric, kept: Tensor) -> Tensor:
+    """The best matrix that is zero outside the columns `kept`: Ŵ = W H_:K (H_KK)^-1."""
+    h = _damped(metric)
+    w = torch.zeros_like(w_OI)
+    w[:, kept] = torch.linalg.solve(h[kept][:, kept], h[kept] @ w_OI.double().T).T.float()
+    return w
+
+
+def removal_errors(w_OI: Tensor, metric: Metric, ordered_Cb: Tensor) -> Tensor:
+    """For every K, the error of keeping the first K channels with the rest refitted; index K, from 0 to C.
+
+    `ordered_Cb` holds the columns of the channels from the best to the worst; columns of no channel stay. With those
+    first and H = L Lᵀ, the Schur complement of the removed ones is L_RR L_RRᵀ: one factorisation gives the refitted
+    error of all widths, tr(W_R L_RR L_RRᵀ W_Rᵀ).
     """
-    order_C = removal_scores(w_OI, metric, block).argsort(descending=True)
-    order = _columns(order_C, block)
+    channels, block = ordered_Cb.shape
+    others = torch.ones(w_OI.shape[1], dtype=torch.bool)
+    others[ordered_Cb.flatten()] = False
+    order = torch.cat([others.nonzero()[:, 0], ordered_Cb.flatten()])
+    first = len(order) - channels * block
     factor = torch.linalg.cholesky(_damped(metric)[order][:, order])
     w = _weighted(w_OI, metric)[:, order]
-    channels = len(order_C)
     errors = torch.zeros(channels + 1, dtype=torch.float64)
     # W_R L_RR accumulated from the last channel backwards: column j of the product reads rows >= j of L.
     for keep in range(channels - 1, -1, -1):
-        start = keep * block
+        start = first + keep * block
         column = w[:, start:] @ factor[start:, start : start + block]
         errors[keep] = errors[keep + 1] + column.square().sum()
     return errors
