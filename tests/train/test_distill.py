@@ -1,6 +1,7 @@
 """Distillation: what is learned lives on the grid, and nothing else is touched."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,13 +9,16 @@ from torch import nn
 
 from perjoule.compress import sites
 from perjoule.compress.apply import Applier, quantise_input
-from perjoule.compress.forms import Grid, Sparse
+from perjoule.compress.forms import Codebook, Grid, Sparse
 from perjoule.compress.forms.grid import GridPacked, codes, dynamic, scales
-from perjoule.core.errors import WorkloadError
+from perjoule.core.errors import ConfigError, NothingMatched, WorkloadError
 from perjoule.core.record import Recipe, Step
 from perjoule.search.repair import repaired
 from perjoule.testing.models import mlp
-from perjoule.train.distill import distill
+from perjoule.train.distill import distill, distill_all
+from perjoule.train.loop import seeded
+from perjoule.train.matching import Maps, Match, evenly, watching
+from perjoule.train.stop import Stop
 
 
 @pytest.fixture
@@ -140,10 +144,145 @@ def test_a_teacher_without_answers_is_one_clear_line(tiny):
         distill(student, broken, tiny.batches, projections, steps=3)
 
 
+# ---- inner states, several students, stop rules
+
+
+class Attending(nn.Module):
+    """One attention layer that shows its maps, and a linear head."""
+
+    def __init__(self, width, heads, seed):
+        super().__init__()
+        with seeded(seed):
+            self.into = nn.Linear(6, width)
+            self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+            self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        h = self.into(x)
+        return self.head(self.attention(h, h, h, average_attn_weights=False)[0])
+
+
+def words(count=4):
+    generator = torch.Generator().manual_seed(2)
+    return [{"x": torch.randn(16, 5, 6, generator=generator)} for _ in range(count)]
+
+
+def maps_of(model, x):
+    with torch.no_grad(), watching(model, {"attention": [1], "into": [0]}) as seen:
+        model(x)
+    return seen["attention", 1].mean(1), seen["into", 0]
+
+
+def test_attention_maps_are_learned_by_a_student_with_fewer_heads_and_less_width():
+    teacher, student = Attending(16, 4, 0), Attending(8, 2, 1)
+    with torch.no_grad():
+        teacher.attention.in_proj_weight.mul_(4)  # maps that are far from uniform
+    x = words()[0]["x"]
+    wanted, _ = maps_of(teacher, x)
+    matches = (
+        Match(student="attention", teacher="attention", kind="attention", weight=5.0),
+        Match(student="into", teacher="into"),
+    )
+    plain = distill(student, teacher, words(), {}, steps=300, learning_rate=1e-2)
+    matched = distill(student, teacher, words(), {}, matches=matches, steps=300, learning_rate=1e-2)
+    far, near = (float((maps_of(m, x)[0] - wanted).square().sum()) for m in (plain, matched))
+    assert near < 0.6 * far
+    assert list(matched.state_dict()) == list(student.state_dict()), "the maps are not the student's"
+
+
+def test_a_hidden_state_of_less_width_holds_what_the_teachers_holds():
+    """FitNets: after matching, the teacher's hidden state is nearer to a linear function of the student's."""
+    with seeded(0):
+        teacher = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 2))
+        student = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+        batches = [{"input": torch.randn(64, 6)} for _ in range(4)]
+    x = torch.cat([b["input"] for b in batches])
+
+    def missed(model):
+        with torch.no_grad():
+            h, t = torch.cat([model[1](model[0](x)), torch.ones(len(x), 1)], 1), teacher[1](teacher[0](x))
+            return float((h @ torch.linalg.lstsq(h, t).solution - t).square().mean())
+
+    match = Match(student="1", teacher="1", weight=1.0)
+    plain = distill(student, teacher, batches, {}, steps=400, learning_rate=1e-2)
+    matched = distill(student, teacher, batches, {}, matches=[match], steps=400, learning_rate=1e-2)
+    assert missed(matched) < 0.8 * missed(plain)
+
+
+def test_losses_of_inner_states_by_hand():
+    hidden, attention = Match(student="a", teacher="b", weight=2.0), Match(student="a", teacher="b", kind="attention")
+    h, wanted = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]])
+    assert float(Maps().loss([hidden], {("a", 0): h}, {("b", 0): wanted})) == pytest.approx(2 * 4 / 17)
+    a_s, a_t = torch.tensor([[[0.5, 0.5]]]), torch.tensor([[[0.9, 0.1]]])
+    by_hand = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
+    assert float(Maps().loss([attention], {("a", 1): a_s}, {("b", 1): a_t})) == pytest.approx(by_hand)
+
+
+def test_layers_are_paired_by_position():
+    pairs = [(m.student, m.teacher) for m in evenly(["a", "b", "c"], [str(i) for i in range(6)])]
+    assert pairs == [("a", "1"), ("b", "3"), ("c", "5")]
+    assert [m.teacher for m in evenly(["a"], ["0", "1", "2"])] == ["2"]
+
+
+def test_several_students_share_the_teachers_answers(tiny):
+    asked = []
+
+    class Watching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny.model
+
+        def forward(self, input):
+            asked.append(1)
+            return self.inner(input)
+
+    first, width = tiny.model[0], tiny.model[4].out_features
+    with seeded(1):
+        students = {
+            str(n): nn.Sequential(nn.Linear(first.in_features, n), nn.ReLU(), nn.Linear(n, width)) for n in (4, 16)
+        }
+    taught = distill_all(students, Watching(), tiny.batches, steps=150, learning_rate=1e-2)
+    assert len(asked) == len(tiny.batches), "once a batch for all"
+    gone = {n: distance(m, tiny.model, tiny.batches) for n, m in taught.items()}
+    assert gone["16"] < gone["4"] < distance(students["4"], tiny.model, tiny.batches)
+    alone = distill(students["4"], tiny.model, tiny.batches, {}, steps=150, learning_rate=1e-2)
+    assert same(state(alone), state(taught["4"])), "together is as alone"
+
+
+def test_it_stops_when_the_score_no_longer_rises(tiny):
+    student, projections = damaged(tiny.model)
+    scores, steps = iter([0.0, 1.0, 0.5, 0.5]), []
+    distill(
+        student, tiny.model, tiny.batches, projections, steps=500, score=lambda m: next(scores),
+        stop=Stop(every=10, patience=2), progress=lambda: steps.append(1),
+    )  # fmt: skip
+    assert len(steps) == 30
+
+
+def test_what_cannot_be_matched_is_one_clear_line(tiny):
+    def matched(**fields):
+        return distill(tiny.model, tiny.model, tiny.batches, {}, matches=[Match(**fields)], steps=1)
+
+    with pytest.raises(NothingMatched, match="no module '9'"):
+        matched(student="9", teacher="0")
+    with pytest.raises(ConfigError, match="attn_implementation='eager'"):
+        matched(student="0", teacher="0", kind="attention")
+    with pytest.raises(ConfigError, match="kind='output'"):
+        Match(student="0", teacher="0", kind="output")
+    with pytest.raises(ConfigError, match="3 student layers"):
+        evenly(["a", "b", "c"], ["0"])
+
+
 # ---- repair: the same, from forms to forms
 
 
-@pytest.mark.parametrize("form", [Grid(activations="dynamic"), Grid(bits=4, group=16), Sparse(density=0.4)])
+FORMS = [
+    Grid(activations="dynamic"), Grid(bits=4, group=16), Sparse(density=0.4), Codebook(values=6),
+    Sparse(density=0.4) & Codebook(values=6), Sparse(density=0.5) & Grid(bits=4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.describe())
 def test_a_repaired_version_is_in_its_forms_again_and_resumes_bit_for_bit(form, tiny, tmp_path):
     found, _ = sites.find(tiny.model)
     fitting = tuple(s.name for s in found if not isinstance(form, Grid) or form.fits(s.shape[1]))

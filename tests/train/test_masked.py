@@ -9,7 +9,8 @@ from torch import nn
 
 from perjoule.core.errors import ConfigError, NothingMatched
 from perjoule.train.loop import seeded
-from perjoule.train.masked import Shared, Stop, fine_tune
+from perjoule.train.masked import Shared, Steps, _Stepped, fine_tune
+from perjoule.train.stop import Stop
 
 
 def model():
@@ -91,6 +92,34 @@ def test_a_projection_holds_in_what_is_returned():
             layer.weight.copy_(grid(layer.weight))
     assert torch.allclose(tuned.model[0].weight * 4, (tuned.model[0].weight * 4).round(), atol=1e-5)
     assert score(tuned.model) > max(0.85, score(rounded))
+
+
+def test_the_gradient_of_a_scale_is_that_of_the_paper():
+    """LSQ, eq. (3): q - v / s inside the grid, its end outside, times 1 / sqrt(n high); here n = 4, high = 3."""
+    steps = Steps(s_OG=torch.tensor([[0.5]]), low=-3, high=3)
+    v, s = torch.tensor([[0.6, -0.9, 2.0, -4.0]], requires_grad=True), torch.tensor([[0.5]], requires_grad=True)
+    w = _Stepped(steps, None)(v, s)
+    assert torch.allclose(w, torch.tensor([[0.5, -1.0, 1.5, -1.5]]))
+    weights = torch.tensor([[1.0, 2.0, 3.0, 5.0]])
+    (w * weights).sum().backward()
+    by_hand = (1 - 1.2) * 1 + (-2 + 1.8) * 2 + 3 * 3 + -3 * 5
+    assert s.grad.item() == pytest.approx(by_hand / (4 * 3) ** 0.5, rel=1e-5)
+    assert v.grad.tolist() == [[1.0, 2.0, 0.0, 0.0]]
+
+
+def test_a_grid_holds_in_what_is_returned_with_the_scales_it_learned():
+    start = torch.full((16, 2), 0.2)
+    steps = Steps(s_OG=start, low=-2, high=1, z_OG=torch.full((16, 2), -1), group=3)
+    m = mask()
+    tuned = fine_tune(model(), loss, steps=200, learning_rate=1e-2, grids={"0.weight": steps}, masks={"0.weight": m})
+    s_OI = tuned.scales["0.weight"].repeat_interleave(3, 1)
+    codes = tuned.model[0].weight.detach() / s_OI - 1
+    assert not torch.equal(tuned.scales["0.weight"], start)
+    assert torch.allclose(codes, codes.round(), atol=1e-4)
+    assert codes.round().min() >= -2
+    assert codes.round().max() <= 1
+    assert not tuned.model[0].weight[~m].any()
+    assert score(tuned.model) > 0.8
 
 
 def test_the_best_look_is_returned_and_no_gain_ends_it():

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from perjoule.core.errors import ConfigError, NothingMatched
-from perjoule.train.masked import Loss, Score, fine_tune
+from perjoule.train.masked import Loss, fine_tune
+from perjoule.train.stop import Score
 
 Factory = Callable[[int], nn.Module]
 """A freshly initialised network from a seed."""

@@ -22,6 +22,8 @@ from perjoule.compress.forms.base import DAMPING, Form, Metric, Packed, finite
 from perjoule.core.errors import ConfigError
 
 BLOCK = 128
+SOLVED = 512
+"""Columns of the inverse factor that are solved for at once."""
 
 
 def second_order(form: Form, w_OI: Tensor, metric: Metric) -> Packed:
@@ -35,9 +37,9 @@ def second_order(form: Form, w_OI: Tensor, metric: Metric) -> Packed:
     closed = form.compensated(w_OI, metric)
     if closed is not None:
         return closed
+    u_II = inverse_factor(metric.full_II)
     projector = form.columns(w_OI, metric)
     w = w_OI.clone()
-    u_II = inverse_factor(metric.full_II)
     for start in range(0, w.shape[1], BLOCK):
         stop = min(start + BLOCK, w.shape[1])
         projector.begin(start, stop, w, u_II)
@@ -53,15 +55,28 @@ def second_order(form: Form, w_OI: Tensor, metric: Metric) -> Packed:
 def inverse_factor(h_II: Tensor) -> Tensor:
     """Upper-triangular U with UᵀU = (H + damping)^-1, float32. Inputs never seen are damped, not divided by.
 
-    With rows and columns reversed, H = R Rᵀ for an upper-triangular R, and U = R^-1: one factorisation and one
-    triangular solve, where inverting H first would cost several times as much.
+    With rows and columns reversed, H = R Rᵀ for an upper-triangular R, and U = R^-1: one factorisation, in place, and
+    the inverse of the factor a few columns at a time, by forward substitution in blocks. One double-precision matrix
+    and U are in memory.
     """
-    h = h_II.double()
+    size = len(h_II)
+    h = h_II.flip(0, 1).double()
     damp = DAMPING * h.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    identity = torch.eye(h.shape[0], dtype=h.dtype)
-    r_II = torch.linalg.cholesky((h + damp * identity).flip(0, 1)).flip(0, 1)
-    u_II: Tensor = torch.linalg.solve_triangular(r_II, identity, upper=True)
-    return u_II.float()
+    h.diagonal().add_(damp)
+    l_II = h.mT  # symmetric, and column-major as LAPACK wants it: it is overwritten, not copied
+    torch.linalg.cholesky_ex(l_II, check_errors=True, out=(l_II, torch.empty((), dtype=torch.int32)))
+    u_II = torch.zeros(size, size)
+    blocks = [slice(start, min(start + SOLVED, size)) for start in range(0, size, SOLVED)]
+    eyes = [torch.eye(b.stop - b.start, dtype=h.dtype) for b in blocks]
+    inverses = [torch.linalg.solve_triangular(l_II[b, b], e, upper=False) for b, e in zip(blocks, eyes, strict=True)]
+    for number, block in enumerate(blocks):
+        at = block.start
+        x_Ib = torch.zeros(size - at, block.stop - at, dtype=h.dtype)
+        x_Ib[: block.stop - at] = inverses[number]
+        for inverse, rows in zip(inverses[number + 1 :], blocks[number + 1 :], strict=True):
+            x_Ib[rows.start - at : rows.stop - at] = -inverse @ (l_II[rows, at : rows.start] @ x_Ib[: rows.start - at])
+        u_II[: size - at, size - block.stop : size - at] = x_Ib.flip(0, 1)
+    return u_II
 
 
 def retargeted(w_OI: Tensor, h_II: Tensor, drift_II: Tensor, *, share: float = 0.5, damping: float = DAMPING) -> Tensor:

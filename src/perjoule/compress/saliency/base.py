@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from perjoule.compress.forms.base import Metric
+from perjoule.compress.ranges import Ends, Histogram
 
 
 @dataclass(kw_only=True, eq=False)
@@ -29,6 +30,20 @@ class Statistics:
     """Mean squared step of a u8 grid over each calibration batch's own range: what dynamic activations see."""
     rows: int
     """Rows accumulated into h_II."""
+    g_OI: Tensor | None = None
+    """E[g^2] of every weight by itself, where it was gathered (taylor.py)."""
+    histogram: Histogram | None = None
+    """Of the inputs, for grids that do not cover their whole range."""
+
+    def ends(self, how: Ends) -> tuple[float, float]:
+        """The range that a fixed grid over the inputs should cover."""
+        return self.histogram.ends(how) if self.histogram is not None else (self.low, self.high)
+
+    def rounding(self, how: Ends) -> float:
+        """Expected squared error of an input on that grid."""
+        if self.histogram is not None and how != "minmax":
+            return self.histogram.error(how)
+        return ((self.high - self.low) / 255) ** 2 / 12
 
     def centred(self) -> Statistics:
         """Second moments about the mean: what is left to err about once the bias has absorbed the mean error."""
@@ -36,7 +51,8 @@ class Statistics:
 
     def of(self, keep_K: Tensor) -> Statistics:
         """The statistics of a subset of the inputs, as they stay when the others are pruned away."""
-        return replace(self, h_II=self.h_II[keep_K][:, keep_K], mean_I=self.mean_I[keep_K])
+        g_OK = None if self.g_OI is None else self.g_OI[:, keep_K]
+        return replace(self, h_II=self.h_II[keep_K][:, keep_K], mean_I=self.mean_I[keep_K], g_OI=g_OK)
 
 
 @dataclass(frozen=True, kw_only=True)
