@@ -29,19 +29,25 @@ NAMES = [
 ]  # fmt: skip
 FACE = {
     "check-published": "FILE --json",
+    "compress": "DIR --bits --calibration --dry-run --dtype --evaluate --expand --field --group --json --method --out "
+    "--recipe --resume --seed --sites --spill --window --windows",
     "count": "MODEL --batch --by --checkpoint --context --csv --depth --device --dtype --html --json --optimizer "
     "--phase --shape",
     "devices": "[NAME] --catalogue --json --probe/--no-probe",
-    "measure": "[--] COMMAND --device --json --json-file",
+    "ledger": "--csv --equivalents --experiment --json",
+    "ledger import": "FILE --experiment",
+    "ledger init": "--embodied --folder --hours --life --place --price --pue --water",
+    "measure": "[--] COMMAND --against --device --experiment --json --json-file --protocol --repeats",
     "methods": "[NAME] --json",
     "optimize": "WORKLOAD --energy --evaluations --json --keep --latency --objective --out --resume --seed --size "
-    "--target",
+    "--sure --target",
     "plan models": "--json",
     "plan serve": "MODEL --compare --device --devices --explain --first --json --latency --load --out --output --place "
     "--places --precision --prompt --pue --rps --search --usd-per-hour --year",
     "plan train": "MODEL --batch --compare --context --data --device --devices --expert --explain --hours --interleave "
     "--json --micro-batch --optimizer --out --pipeline --place --places --policy --pue --recompute --samples --search "
     "--seq --tensor --tokens --trainable --usd-per-hour --within --year --zero",
+    "profile": "WORKLOAD --depth --json --request --seconds",
     "reconcile": "PLAN RUN --json",
     "report": "RUN_FOLDER --json",
 }

@@ -110,7 +110,8 @@ def test_of_two_commands_the_one_that_works_less_is_better():
 def test_a_failing_command_ends_a_protocol_with_its_code():
     done = perjoule("--protocol", "quick", "--", "sh", "-c", "exit 7")
     assert done.returncode == 7
-    assert done.stderr.strip() == "perjoule: 'sh -c 'exit 7'' ended with exit code 7; a protocol needs runs that succeed"
+    why = "'sh -c 'exit 7'' ended with exit code 7; a protocol needs runs that succeed"
+    assert done.stderr.strip() == f"perjoule: {why}"
 
 
 def test_an_unknown_protocol_is_refused():

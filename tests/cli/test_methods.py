@@ -52,7 +52,7 @@ def test_needs_are_found_by_trying(known: Methods):
 def test_pairs_are_tried(known: Methods):
     pairs = {(p.form, p.saliency): p for p in known.pairs}
     assert pairs["Sparse", "activation"].fits == ("nearest",)
-    assert pairs["Sparse", "second_order"].fits == ("nearest", "second_order")
+    assert pairs["Sparse", "second_order"].fits == ("nearest", "second_order", "learned")
     assert pairs["Grid", "activation"].as_identity  # each weight goes to its nearest code, whatever it weighs
     assert not pairs["Sparse", "activation"].as_identity
 

@@ -266,8 +266,9 @@ def _matrix(console: Any, known: Methods) -> None:
 
     saliencies = list(dict.fromkeys(p.saliency for p in known.pairs))
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("form × saliency", *saliencies):
-        table.add_column(heading)
+    console.print("form × saliency", style="bold")
+    for heading in ("", *saliencies):
+        table.add_column(heading, no_wrap=not heading)
     for form in dict.fromkeys(p.form for p in known.pairs):
         row = {p.saliency: p for p in known.pairs if p.form == form}
         table.add_row(form, *(_cell(row[s]) for s in saliencies))

@@ -34,6 +34,8 @@ class Named:
     cite: str
     differs: str = ""
     """Where it is not what the paper did."""
+    before: str = ""
+    """A function of `compress.transform` that prepares the model; the point of the table alone is not the method."""
 
     def form(self, **fields: Any) -> Form:
         """The form, some `fields` other than usual. Raises ConfigError for a field or a value that it does not have."""
@@ -44,9 +46,11 @@ class Named:
 
 
 def _row(name: str, what: str, form: str | Mapping[str, Any], saliency: str, fit: str, cite: str,
-         differs: str = "") -> Named:  # fmt: skip
+         differs: str = "", before: str = "") -> Named:  # fmt: skip
     config = {"name": form} if isinstance(form, str) else dict(form)
-    return Named(name=name, what=what, config=config, saliency=saliency, fit=fit, cite=cite, differs=differs)
+    return Named(
+        name=name, what=what, config=config, saliency=saliency, fit=fit, cite=cite, differs=differs, before=before
+    )  # fmt: skip
 
 
 def _of(form: str, **fields: Any) -> dict[str, Any]:
@@ -58,6 +62,7 @@ _ROWS = _of("Sparse", density=0.5, rows=True)
 _HALF = _of("Sparse", density=0.5)
 _SPARSEGPT = "Frantar & Alistarh 2023, arXiv:2301.00774"
 _WANDA = "Sun et al. 2024, arXiv:2306.11695"
+_QLORA = "Dettmers et al. 2023, arXiv:2305.14314"
 _OBC = "Frantar & Alistarh 2022, arXiv:2208.11580"
 
 _TABLE = (
@@ -66,6 +71,21 @@ _TABLE = (
          "Choukroun et al. 2019, arXiv:1902.06822"),
     _row("gptq", "integers, later columns make up for the errors of earlier ones", _INT4, "second_order",
          "second_order", "Frantar et al. 2023, arXiv:2210.17323", "columns in their own order (no act-order)"),
+    _row("adaround", "rounding learned under the layer's own loss", _INT4, "second_order", "learned",
+         "Nagel et al. 2020, arXiv:2004.10568", "from E[x xᵀ], scales too; the better of it and polished GPTQ"),
+    _row("fp8", "8-bit floats with 3 bits of mantissa", "Float", "identity", "nearest",
+         "Micikevicius et al. 2022, arXiv:2209.05433", "weights only"),
+    _row("nf4", "16 values at the quantiles of a normal distribution", _of("Float", format="nf4", group=64), "identity",
+         "nearest", _QLORA, "float32 scales, not quantised again; no adapters"),
+    _row("qlora", "nf4 by its paper's name", _of("Float", format="nf4", group=64), "identity", "nearest", _QLORA,
+         "float32 scales, not quantised again; no adapters"),
+    _row("mxfp4", "4-bit floats that share a power of two", _of("Float", format="e2m1", group=32, scales="e8m0"),
+         "identity", "nearest", "OCP Microscaling Formats v1.0, 2023", "weights only"),
+    _row("awq", "inputs that matter are scaled up, then rounded", {**_INT4, "group": 128}, "identity", "nearest",
+         "Lin et al. 2024, arXiv:2306.00978", "run compress.transform.awq first; mean squares, not magnitudes", "awq"),
+    _row("smoothquant", "range moves from inputs into weights, both int8", _of("Grid", activations="dynamic"),
+         "identity", "nearest", "Xiao et al. 2023, arXiv:2211.10438",
+         "run compress.transform.smoothquant first; an exponent per place", "smoothquant"),
     _row("weight_sharing", "k-means over the weights", "Codebook", "identity", "nearest",
          "Han et al. 2016, arXiv:1510.00149"),
     _row("squeezellm", "k-means, weights weighed by their gradients", "Codebook", "gradient", "nearest",
@@ -95,8 +115,8 @@ _TABLE = (
          "Wang et al. 2025, arXiv:2403.07378"),
     _row("filter_norm", "the filters of least norm go", "Channels", "identity", "nearest",
          "Li et al. 2017, arXiv:1608.08710", "L2 norms"),
-    _row("taylor", "the channels that move the output least go", "Channels", "gradient", "nearest",
-         "Molchanov et al. 2019, arXiv:1906.10771", "expected squares, without labels"),
+    _row("taylor", "the channels that move the output least go", "Channels", "taylor", "nearest",
+         "Molchanov et al. 2019, arXiv:1906.10771", "squares of weights, without labels; factored if not gathered"),
     _row("channel_pruning", "channels go, the next layer is solved for again", "Channels", "second_order",
          "second_order", "He et al. 2017, arXiv:1707.06168"),
     _row("deep_compression", "pruned, and the rest shares values",
@@ -121,7 +141,11 @@ def named(name: str) -> Named:
 
     Raises UnknownName, with the near ones.
     """
-    plain = name.strip().lower().replace("-", "_").replace(" ", "_").replace(":", "")
-    if plain not in NAMED:
+    if spelled(name) not in NAMED:
         raise UnknownName.of("method", name, NAMED)
-    return NAMED[plain]
+    return NAMED[spelled(name)]
+
+
+def spelled(name: str) -> str:
+    """`name` as the table spells it."""
+    return name.strip().lower().replace("-", "_").replace(" ", "_").replace(":", "")

@@ -104,6 +104,4 @@ class Histogram:
         out_A, out_B = (below_AN > 0).double() @ p_N, (above_BN > 0).double() @ p_N
         step_AB = (high_B.double()[None] - low_A.double()[:, None]) / 255
         inside_AB = 1 - out_A[:, None] - out_B[None]
-        return (
-            step_AB.square() / 12 * inside_AB + (below_AN.square() @ p_N)[:, None] + (above_BN.square() @ p_N)[None]
-        )
+        return step_AB.square() / 12 * inside_AB + (below_AN.square() @ p_N)[:, None] + (above_BN.square() @ p_N)[None]

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perjoule.compress.ranges import Histogram
 from perjoule.compress.saliency.base import Statistics
 from perjoule.compress.sites import Site, blocks
 from perjoule.measure.forward import answer, plain_kernels
@@ -167,7 +168,7 @@ def _bytes(sites: Sequence[Site]) -> int:
 def _gather(
     model: nn.Module, group: Sequence[Site], batches: Sequence[Mapping[str, Any]], sensed: Sensed
 ) -> dict[str, Statistics | TableStatistics]:
-    sums: dict[str, _Sums] = {s.name: _Sums(s) for s in group}
+    sums: dict[str, Sums] = {s.name: Sums(s) for s in group}
     calls: list[str] = []
 
     def watch(site: Site, last: str | None) -> Callable[..., None]:
@@ -193,13 +194,14 @@ def _gather(
     return {name: s.result(sensed.g_O.get(name)) for name, s in sums.items() if s.rows}
 
 
-class _Sums:
+class Sums:
     """Running sums of one site."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.rows = 0
-        self.low, self.high, self.step2, self.batches = 0.0, 0.0, 0.0, 0
+        self.step2, self.batches = 0.0, 0
+        self.histogram = Histogram()
         size = site.shape[0] if site.kind == "table" else site.shape[1]
         self.counts_V = torch.zeros(size if site.kind == "table" else 0)
         self.xx_II = torch.zeros(0) if site.kind == "table" else torch.zeros(size, size)
@@ -211,7 +213,7 @@ class _Sums:
             self.rows += x.numel()
             return
         low, high = min(float(x.amin()), 0.0), max(float(x.amax()), 0.0)
-        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.histogram.add(x)
         self.step2 += ((high - low) / 255) ** 2
         self.batches += 1
         x_NI = rows_of(self.site, module, x)
@@ -227,8 +229,9 @@ class _Sums:
             h_II=self.xx_II / self.rows,
             mean_I=self.x_I / self.rows,
             g_O=g_O,
-            low=self.low,
-            high=self.high,
+            low=self.histogram.low,
+            high=self.histogram.high,
             step2=self.step2 / self.batches,
             rows=self.rows,
+            histogram=self.histogram,
         )

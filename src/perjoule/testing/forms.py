@@ -135,8 +135,9 @@ class FormConformance:
             return
         for seed in range(3):
             w_OI = self.weight(seed=seed)
-            simple, better = (metric.error(w_OI - FITS[f](form, w_OI, metric).dense()) for f in self.fits())
+            simple, better, best = (metric.error(w_OI - FITS[f](form, w_OI, metric).dense()) for f in self.fits())
             assert better <= simple * (1 + 1e-5)
+            assert best <= better * (1 + 1e-5)
 
     def test_second_order_needs_a_second_order_metric(self, form: Form) -> None:
         if self.second_order:

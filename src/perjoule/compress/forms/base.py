@@ -84,6 +84,11 @@ class Form(abc.ABC):
 
     cite: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether each row is fitted by itself: rows may then be taken in any portions, and matrices stacked."""
+        return False
+
     @abc.abstractmethod
     def nearest(self, w_OI: Tensor, metric: Metric) -> Packed:
         """The point of S nearest to w_OI under the metric's diagonal."""

@@ -9,7 +9,7 @@ the metric's diagonal, for every row and group by itself: at 3 bits and less a f
 Activations of an int8 layer may be put on a grid too, so that the matrix product runs in integers:
     "none"     weights only: less to read, same arithmetic
     "dynamic"  u8, scale and zero point from each call's own range (ONNX DynamicQuantizeLinear)
-    "static"   u8, scale and zero point fixed from calibration
+    "static"   u8, scale and zero point fixed from calibration, over one of the ranges of ranges.py
 
 Cost     O(weights) nearest, times 32 with `clip`; O(O I^2) second-order.
 Saves    32 -> b + (scale + zero) / group bits per weight; int8 x int8 products where activations are quantised too.
@@ -29,12 +29,15 @@ import torch
 from torch import Tensor
 
 from perjoule.compress.forms.base import Columns, Form, Metric, Packed
-from perjoule.core.errors import ConfigError
+from perjoule.compress.ranges import Ends
+from perjoule.core.errors import BadInput, ConfigError
 
 Activations = Literal["none", "dynamic", "static"]
 Bits = Literal[2, 3, 4, 5, 6, 8]
 SHRINK = torch.linspace(1.0, 0.35, 32)
 """Clip factors that are tried, the widest first."""
+PORTION = 1 << 20
+"""Weights whose scales are looked for at once: what a search holds stays small, and near."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +90,8 @@ class GridPacked(Packed):
         columns = self.q_OI.shape[1]
         q_OI = self.q_OI.float()
         if self.z_OG is not None:
-            q_OI = q_OI - _spread(self.z_OG.float(), columns, self.group)
-        return q_OI * _spread(self.s_OG.float(), columns, self.group)
+            q_OI = q_OI - spread(self.z_OG.float(), columns, self.group)
+        return q_OI * spread(self.s_OG.float(), columns, self.group)
 
     def tensors(self) -> dict[str, Tensor]:
         stored = {"codes": packed_codes(self.q_OI, self.bits), "scales": self.s_OG}
@@ -100,7 +103,7 @@ class GridPacked(Packed):
         return stored
 
 
-def _spread(x_OG: Tensor, columns: int, group: int | None) -> Tensor:
+def spread(x_OG: Tensor, columns: int, group: int | None) -> Tensor:
     """One value per column out of one per group; the last group may be shorter."""
     width = group or -(-columns // x_OG.shape[1])
     return x_OG.repeat_interleave(width, 1)[:, :columns]
@@ -119,6 +122,24 @@ def packed_codes(q_OI: Tensor, bits: int) -> Tensor:
     return (stream << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8)
 
 
+def unpacked_codes(stored: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
+    """What `packed_codes` packed: int8 codes of a matrix of `shape`. Raises BadInput if they do not fit."""
+    if bits == 8:
+        if stored.dtype != torch.int8 or tuple(stored.shape) != shape:
+            raise BadInput(f"codes are {stored.dtype} {tuple(stored.shape)}, not torch.int8 {shape}")
+        return stored
+    count = shape[0] * shape[1]
+    if stored.dtype != torch.uint8 or stored.numel() != -(-count * bits // 8):
+        raise BadInput(f"{count} codes of {bits} bits do not fill {stored.numel()} bytes of {stored.dtype}")
+    if bits == 4 and shape[1] % 2 == 0:
+        both = torch.stack([stored & 0xF, stored >> 4], dim=-1).reshape(shape)
+        return ((both ^ 8).to(torch.int8) - 8).to(torch.int8)  # bit 3 is the sign
+    bit_N8 = (stored.flatten()[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    bit_Nb = bit_N8.flatten()[: count * bits].reshape(count, bits)
+    u_N = (bit_Nb << torch.arange(bits, dtype=torch.uint8)).sum(1, dtype=torch.int16)
+    return (u_N - (1 << (bits - 1))).to(torch.int8).reshape(shape)
+
+
 def nibbles(q_OI: Tensor) -> Tensor:
     """4-bit codes, two to a byte along the columns, low nibble first."""
     low, high = q_OI[:, 0::2], q_OI[:, 1::2]
@@ -134,10 +155,10 @@ def scales(w_OI: Tensor, *, bits: int, group: int | None) -> Tensor:
 def codes(w_OI: Tensor, s_OG: Tensor, *, bits: int, z_OG: Tensor | None = None, group: int | None = None) -> Tensor:
     """q_OI, int8: the nearest point of the grid for every weight."""
     columns = w_OI.shape[1]
-    q_OI = (w_OI / _spread(s_OG.float(), columns, group)).round()
+    q_OI = (w_OI / spread(s_OG.float(), columns, group)).round()
     low, high = limits(bits, symmetric=z_OG is None)
     if z_OG is not None:
-        q_OI = q_OI + _spread(z_OG.float(), columns, group)
+        q_OI = q_OI + spread(z_OG.float(), columns, group)
     return q_OI.clamp(low, high).to(torch.int8)
 
 
@@ -149,6 +170,18 @@ def limits(bits: int, *, symmetric: bool) -> tuple[int, int]:
 
 def fitted(w_OI: Tensor, d_OI: Tensor | None, form: Grid) -> tuple[Tensor, Tensor | None]:
     """(s_OG, z_OG) of the grid for these weights; `d_OI` weighs the errors, broadcastable to (O, I)."""
+    portion = max(1, PORTION // max(1, w_OI.shape[1]))
+    if len(w_OI) <= portion:
+        return _fitted(w_OI, d_OI, form)
+    each = d_OI is not None and len(d_OI) == len(w_OI)
+    parts = []
+    for rows in (slice(start, start + portion) for start in range(0, len(w_OI), portion)):
+        parts.append(_fitted(w_OI[rows], d_OI[rows] if each and d_OI is not None else d_OI, form))
+    zeros = [z_OG for _, z_OG in parts if z_OG is not None]
+    return torch.cat([s_OG for s_OG, _ in parts]), torch.cat(zeros) if zeros else None
+
+
+def _fitted(w_OI: Tensor, d_OI: Tensor | None, form: Grid) -> tuple[Tensor, Tensor | None]:
     rows, columns = w_OI.shape
     width = form.group or columns
     pad = -columns % width
@@ -199,6 +232,8 @@ class Grid(Form):
     group: int | None = None
     """Input columns that share one scale; None: one scale per output channel."""
     activations: Activations = "none"
+    ranges: Ends = "minmax"
+    """What a static grid covers: all that calibration saw, all but outliers, or the range of least squared error."""
     symmetric: bool = True
     clip: bool = False
     """Search the clip factor of every scale."""
@@ -213,11 +248,19 @@ class Grid(Form):
             raise ConfigError(f"Grid(group={self.group}): give a whole number of columns, 2 or more, or None")
         if self.activations not in get_args(Activations):
             raise ConfigError(f"Grid(activations='{self.activations}'): give {', '.join(get_args(Activations))}")
+        if self.ranges not in get_args(Ends):
+            raise ConfigError(f"Grid(ranges='{self.ranges}'): give {', '.join(get_args(Ends))}")
+        if self.ranges != "minmax" and self.activations != "static":
+            raise ConfigError(f"Grid(ranges='{self.ranges}'): only static activations have a range of their own")
         if self.scales not in ("float32", "float16"):
             raise ConfigError(f"Grid(scales='{self.scales}'): give float32 or float16")
         plain = self.bits == 8 and self.group is None and self.symmetric and self.scales == "float32"
         if self.activations != "none" and not plain:
             raise ConfigError("Grid: quantised activations need symmetric 8-bit weights, one float32 scale per channel")
+
+    @property
+    def rows_apart(self) -> bool:
+        return True
 
     def fits(self, columns: int) -> bool:
         """Whether groups and bytes come out even in a matrix with this many columns, as runtimes want them."""
@@ -242,7 +285,8 @@ class Grid(Form):
         scale = f"groups of {self.group}" if self.group else "per channel"
         inputs = {"none": "weights only", "dynamic": "dynamic activations", "static": "static activations"}
         extras = ", asymmetric" * (not self.symmetric) + ", clipped" * self.clip
-        return f"int{self.bits} {scale}{extras}, {inputs[self.activations]}"
+        over = f" over {self.ranges}" if self.ranges != "minmax" else ""
+        return f"int{self.bits} {scale}{extras}, {inputs[self.activations]}{over}"
 
 
 class _GridColumns(Columns):
