@@ -60,7 +60,7 @@ class FeedDriver(Driver):
     def find(self) -> list[Found]:
         given = os.environ.get(VARIABLE, "")
         if not given:
-            return [self.absent("no wall meter's log is given", f"set {VARIABLE} to a CSV file that its program writes")]
+            return [self.absent("no wall meter's log is given", f"set {VARIABLE} to a CSV file that grows")]
         path = Path(given)
         works, why = True, "a wall meter's log"
         try:

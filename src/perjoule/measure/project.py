@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
+import platform
 import sys
 import uuid
 from collections.abc import Iterator
@@ -226,7 +226,7 @@ class Project:
         status: Status = "killed"
         if run.get("ended"):
             status = "done" if code == 0 else "failed"
-        elif run["host"] == socket.gethostname() and _alive(run["pid"]):
+        elif run["host"] == platform.node() and _alive(run["pid"]):
             status = "running"
         reading = run.get("reading")
         return Entry(
@@ -289,7 +289,7 @@ class Recording:
         self._begin = {
             "kind": "begin", "run": self.run, "what": what, "experiment": experiment,
             "at": (at or datetime.now(UTC)).isoformat(timespec="seconds"),
-            "host": socket.gethostname(), "pid": os.getpid(),
+            "host": platform.node(), "pid": os.getpid(),
         }  # fmt: skip
         try:
             self._begin["site"] = to_json(project.site)
