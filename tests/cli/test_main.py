@@ -52,7 +52,7 @@ def test_version():
         ),
         (["count", "no.py"], "perjoule: no.py: no file no.py; give path.py[:function] or module:function"),
         (["report", "no"], "perjoule: no is no folder; give the --out folder of perjoule optimize"),
-        (["methods", "Spars"], "perjoule: unknown method 'Spars'; did you mean Sparse or nearest?"),
+        (["methods", "Spars"], "perjoule: unknown method 'Spars'; did you mean Sparse or sparsegpt or sparsegpt_nm?"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(arguments: list[str], line: str):

@@ -151,7 +151,8 @@ def test_fewer_bits_hurt_more_and_so_do_rounded_inputs(name, monkeypatch):
     for site in ready.sites:
         damages = found.of_option[site.name]
         if "int8-dynamic" in damages:
-            assert damages["int8-weights"] < damages["int8-dynamic"] <= damages["int8-static"]
+            # a fixed range of least error may clip what a range of each call's own has to cover
+            assert damages["int8-weights"] < min(damages["int8-dynamic"], damages["int8-static"])
         for coarse in {"int4-groups", "int4-table"} & set(damages):
             assert damages["int8-weights"] < damages[coarse]
             four += 1

@@ -37,10 +37,13 @@ class Choice:
     damage_width: float
     """Of the channels that this site no longer consumes."""
     nbytes: int
+    """Of weights, codes, scales: the payload."""
     cost: float
     """Relative to the whole original network in the same runtime."""
     latency_s: float
     """Seconds within a request of the first kind."""
+    container: int = 0
+    """Bytes of the nodes that decode it in the file, about."""
 
     def damages(self) -> dict[str, float]:
         """By family of methods: each family's prediction is corrected by one factor."""

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from perjoule.export.recurrent import lower_recurrent
 from perjoule.export.runtimes import Runtime
 from perjoule.export.worker import answer_for
 from perjoule.measure.forward import answer, plain_kernels
-from perjoule.search.menu import Option
+from perjoule.search.menu import KEEP, Option
 
 WINDOW_S = 0.02
 REPEATS = 3
@@ -154,6 +155,17 @@ def one_layer(module: nn.Module, site: Site, option: Option, shape: tuple[int, .
     cut = Site(name=site.name, kind=site.kind, layer=site.layer, parameters=site.parameters, shapes=((rows, columns),))
     lower(graph, {site.name: cut}, {site.name: [packed]}, {site.name: option.activations}, lower_recurrent)
     return graph
+
+
+@cache
+def container_bytes(option: Option) -> int:
+    """Bytes of nodes and names that a linear layer in this option has in a file beyond those of the plain one."""
+    site = Site(name="encoder.layer", kind="linear", layer="Linear", parameters=("weight",), shapes=((64, 64),))
+    sizes = []
+    for one in (option, KEEP):
+        graph = one_layer(nn.Linear(64, 64), site, one, (2, 64), 64, 64)
+        sizes.append(int(graph.proto.ByteSize()) - graph.payload_bytes())
+    return max(0, sizes[0] - sizes[1])
 
 
 def _graph(nodes: Sequence[Any], constants: Sequence[Any], shape: tuple[int, ...]) -> Graph:

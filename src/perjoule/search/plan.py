@@ -14,13 +14,15 @@ from perjoule.compress.structure.cut import Slot
 from perjoule.core.budget import Budget, Objective
 from perjoule.core.errors import BudgetError
 from perjoule.search.allocate import Allocation, Choice, Link, Value
-from perjoule.search.cost import CostTable
+from perjoule.search.cost import CostTable, container_bytes
 from perjoule.search.menu import INT8_WEIGHTS, KEEP, Option, options, widths
 from perjoule.search.refine import Problem
 from perjoule.search.sensitivity import Damages
 
 BYTES_WEIGH = 1e-3
 """How much the whole file weighs against the whole energy when energy is the objective: enough to break ties."""
+CONTAINER = 1.25
+"""Room left for names and shape constants that grow with what is done, over the container of the file as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,7 @@ def menus_for(
                         nbytes=_nbytes(site, option, rows, columns) + 4 * wide_out * baseline.vectors.get(site.name, 0),
                         cost=sum(s / baseline.runtime_seconds[k] for k, s in found.items()) / len(labels),
                         latency_s=found[labels[0]],
+                        container=container_bytes(option) if site.kind != "recurrent" else 0,
                     )
                 )
         menus[site.name] = menu
@@ -221,6 +224,11 @@ def _nbytes(site: Site, option: Option, rows: int, columns: int) -> int:
     return sum(option.form.nbytes(o, i) for o, i in shapes)
 
 
+def _on_disk(choice: Choice) -> float:
+    """Bytes that a choice takes in the file, the nodes that read it included."""
+    return choice.nbytes + choice.container
+
+
 def plan_for(
     menus: Mapping[str, Sequence[Choice]], groups: Sequence[Group], budget: Budget, baseline: Baseline, runtime: str
 ) -> Plan:
@@ -230,7 +238,7 @@ def plan_for(
     minimise: Value
     total = max(1, baseline.payload)
     if budget.objective == "size":
-        minimise = lambda c: c.nbytes / total + BYTES_WEIGH * c.cost  # noqa: E731
+        minimise = lambda c: _on_disk(c) / total + BYTES_WEIGH * c.cost  # noqa: E731
     elif budget.objective == "latency":
         first = next(iter(baseline.runtime_seconds.values()))
         minimise = lambda c: c.latency_s / first + BYTES_WEIGH * c.nbytes / total  # noqa: E731
@@ -240,14 +248,14 @@ def plan_for(
     if budget.size is not None:
         beside = baseline.payload - sum(c.nbytes for c in kept.values())
         allowed = budget.size.of(baseline.size_bytes)
-        room = allowed - beside - 2 * baseline.container
-        least = sum(min(c.nbytes for c in menu) for menu in menus.values())
+        room = allowed - beside - CONTAINER * baseline.container
+        least = sum(min(_on_disk(c) for c in menu) for menu in menus.values())
         if room < least:
-            smallest = least + beside + 2 * baseline.container
+            smallest = math.ceil(least + beside + CONTAINER * baseline.container)
             raise BudgetError(
                 f"size {allowed:.0f} bytes: the smallest file any option here makes is {smallest} bytes; allow more"
             )
-        limits.append((lambda c: c.nbytes, room))
+        limits.append((_on_disk, room))
     if budget.energy is not None:
         ratio = sum(baseline.runtime_seconds[r] / baseline.seconds[r] for r in baseline.seconds) / len(baseline.seconds)
         limits.append((lambda c: c.cost, max(1e-9, budget.energy.value / ratio - max(0.0, 1 - kept_cost))))
