@@ -28,6 +28,7 @@ NAMES = [
     "Recipe", "Result", "Workload", "__version__", "count", "load", "optimize", "plan",
 ]  # fmt: skip
 FACE = {
+    "calibrate": "--feed --json --readings --seconds --settle",
     "check-published": "FILE --json",
     "compress": "DIR --bits --calibration --dry-run --dtype --evaluate --expand --field --group --json --method --out "
     "--recipe --resume --seed --sites --spill --window --windows",
@@ -37,7 +38,8 @@ FACE = {
     "ledger": "--csv --equivalents --experiment --json",
     "ledger import": "FILE --experiment",
     "ledger init": "--embodied --folder --hours --life --place --price --pue --water",
-    "measure": "[--] COMMAND --against --device --experiment --json --json-file --protocol --repeats",
+    "ledger statement": "--experiment --flops --json --per --unit",
+    "measure": "[--] COMMAND --against --device --experiment --json --json-file --protocol --repeats --transfer",
     "methods": "[NAME] --json",
     "optimize": "WORKLOAD --energy --evaluations --json --keep --latency --objective --out --resume --seed --size "
     "--sure --target",
@@ -50,6 +52,7 @@ FACE = {
     "profile": "WORKLOAD --depth --json --request --seconds",
     "reconcile": "PLAN RUN --json",
     "report": "RUN_FOLDER --json",
+    "sweep": "LEVER WORKLOAD --allow-hardware-changes --json --request --rounds --seconds --settings",
 }
 
 
@@ -75,11 +78,10 @@ def test_public_names_are_frozen():
 
 
 def leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
-    """Commands by their words; a group stands for what is in it."""
-    inner = getattr(command, "commands", None)
-    if inner is None:
+    """Commands by their words; a group stands for what is in it, and for itself where it runs without a word."""
+    inner = getattr(command, "commands", {})
+    if not inner or (name and command.invoke_without_command):
         yield name, command
-        return
     for word, below in inner.items():
         yield from leaves(f"{name} {word}".strip(), below)
 

@@ -55,3 +55,17 @@ def test_codecarbon_is_taken_over(told, tmp_path):
 @pytest.mark.parametrize("wrong", [["--place", "Atlantis"], ["--pue", "0.2"], ["--price", "-1"], ["--hours", "no.csv"]])
 def test_a_wrong_site_is_one_line(wrong, told):
     assert told("ledger", "init", *wrong, code=2).count("\n") == 1
+
+
+def test_a_statement_for_others(told):
+    told("ledger", "init", "--place", "DE", "--pue", "1.2", "--embodied", "1000")
+    assert "no run has a reading; run one with" in told("ledger", "statement", code=2)
+    told("measure", "--experiment", "a", "--", "true")
+    text = told("ledger", "statement", "--unit", "request", "--per", "1000", "--flops", "1e15")
+    assert "gCO2e per request" in text
+    assert "computation: 1e+15 floating point operations" in text
+    assert "estimated (" in text or "known (" in text
+    document = json.loads(told("ledger", "statement", "--unit", "request", "--per", "1000", "--json"))
+    total = document["operational_kgco2e"]["value"] + document["embodied_kgco2e"]
+    assert document["sci_kgco2e"]["value"] == pytest.approx(total / 1000)
+    assert told("ledger", "statement", "--per", "0", code=2).count("\n") == 1

@@ -3,6 +3,7 @@
 perjoule ledger init --place DE --pue 1.2     from now on `measure`, `optimize` and `compress` write into it
 perjoule ledger                               the runs and their totals
 perjoule ledger import emissions.csv          what CodeCarbon has recorded, as it recorded it
+perjoule ledger statement --unit request --per 1000    SCI, and the energy statement of the EU AI Act
 """
 
 from __future__ import annotations
@@ -114,6 +115,22 @@ def import_(
     for row in found:
         project.add(row.what, experiment or row.experiment, row.at, row.reading)
     say(f"{len(found)} runs taken over from {file}")
+
+
+@app.command()
+def statement(
+    experiment: Experiment = "",
+    unit: Annotated[str, typer.Option("--unit", help="What the work served: request, token, user.")] = "",
+    per: Annotated[float, typer.Option("--per", help="How many of them.")] = 1.0,
+    flops: Annotated[float, typer.Option("--flops", help="Of the training, as `count` or `plan train` say.")] = 0.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Carbon per unit of work (SCI, ISO/IEC 21031) and the energy statement that the EU AI Act asks for."""
+    from perjoule.measure.statement import state
+
+    runs = [e for e in _project().entries() if not experiment or e.experiment == experiment]
+    stated = state(runs, unit=unit, per=per, experiment=experiment, flops=flops)
+    emit(stated, as_json, lambda console: console.print(stated.text(), markup=False, soft_wrap=True, end=""))
 
 
 def _project() -> Project:

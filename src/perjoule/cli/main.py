@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from perjoule import __version__
+from perjoule.cli.calibrate import calibrate
 from perjoule.cli.check_published import check_published
 from perjoule.cli.compress import compress
 from perjoule.cli.count import count
@@ -27,6 +28,7 @@ from perjoule.cli.plan import app as plan
 from perjoule.cli.profile import profile
 from perjoule.cli.reconcile import reconcile
 from perjoule.cli.report import report
+from perjoule.cli.sweep import sweep
 from perjoule.core.errors import CommandFailed, MissingExtra, PerjouleError
 
 EXTRAS = {
@@ -71,6 +73,8 @@ app.add_typer(ledger, name="ledger")
 app.command()(reconcile)
 app.command(context_settings=CONTEXT)(measure)
 app.command()(profile)
+app.command()(calibrate)
+app.command()(sweep)
 app.command()(devices)
 app.command()(report)
 app.command()(methods)

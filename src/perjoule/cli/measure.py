@@ -30,6 +30,7 @@ from perjoule.core.reading import Boundary, Estimate, Reading
 if TYPE_CHECKING:
     from perjoule.measure.command import Measured
     from perjoule.measure.steady import Protocol, Steady, Versus
+    from perjoule.measure.transfer import Transfer
 
 CONTEXT: dict[str, Any] = {"allow_interspersed_args": False}
 
@@ -47,6 +48,9 @@ def measure(
     against: Annotated[
         str, typer.Option(metavar="COMMAND", help="Another command, as one word: which of the two draws less?")
     ] = "",
+    with_transfer: Annotated[
+        bool, typer.Option("--transfer", help="Bytes of disk and network too, and what the network may have drawn.")
+    ] = False,
     as_json: JsonFlag = False,
     json_file: Annotated[
         Path | None, typer.Option("--json-file", help="Write the JSON document here; streams stay untouched.")
@@ -56,14 +60,19 @@ def measure(
 
     The command's exit code is ours. With --json its standard output goes to standard error.
     """
+    from perjoule.devices.traffic import traffic
     from perjoule.measure.command import Measured, repeated, run
     from perjoule.measure.project import recorded
+    from perjoule.measure.transfer import transfer
 
     if json_file is not None:
         folder = json_file.parent
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise BadInput(f"--json-file {json_file}: cannot write into folder {folder}")
     boundary: Boundary = "device" if device_only else "host"
+    if with_transfer and (protocol or against or repeats):
+        raise BadInput("--transfer is for one run; leave out --protocol, --against and --repeats")
+    before = traffic() if with_transfer else None
     stdout = 2 if as_json else None
     found: Measured | Steady | Versus
     if protocol or against or repeats:
@@ -74,12 +83,15 @@ def measure(
             found = repeated(command, chosen, against=shlex.split(against), boundary=boundary, stdout=stdout)
     else:
         found = run(command, boundary=boundary, stdout=stdout, experiment=experiment)
+    moved = transfer(traffic().since(before), found.reading) if before and isinstance(found, Measured) else None
+    document = to_json(found) | ({"transfer": to_json(moved)} if moved else {})
     if json_file is not None:
-        atomic.write_json(json_file, to_json(found))
+        atomic.write_json(json_file, document)
     if as_json:
-        emit(found, True, lambda _: None)
+        emit(document, True, lambda _: None)
     else:
-        console().print("\n".join(_told(found)), markup=False, soft_wrap=True)
+        told = [*_told(found), *(_moved(moved) if moved else [])]
+        console().print("\n".join(told), markup=False, soft_wrap=True)
     raise typer.Exit(found.exit_code if isinstance(found, Measured) else 0)
 
 
@@ -134,6 +146,18 @@ def lines(reading: Reading) -> list[str]:
     text.append(f"from    {energy.source}")
     text += [f"note    {note}" for note in reading.notes]
     return text
+
+
+def _moved(found: Transfer) -> list[str]:
+    m = found.moved
+    network = m.network_received_bytes + m.network_sent_bytes
+    shares = (f"{r.method} {_with_interval(r.energy_j)}" for r in found.remote)
+    return [
+        f"disk    {units.size(m.disk_read_bytes)} read, {units.size(m.disk_written_bytes)} written",
+        f"network {units.size(m.network_received_bytes)} received, {units.size(m.network_sent_bytes)} sent",
+        *([f"outside {' or '.join(shares)}, assumed; not in the energy above"] if network else []),
+        *(f"note    {note}" for note in found.notes),
+    ]
 
 
 def _with_interval(energy: Estimate) -> str:

@@ -17,7 +17,8 @@ reads once a second as well: counters wrap, power and load must be integrated. I
 
 What is added up (boundary "host"): counters where there are any, the load model for the CPU where there is none,
 modelled memory, board and supply losses where no sensor covers them. The total takes the worst tag of its parts;
-`parts` shows each with its own. Boundary "device" leaves out board and losses.
+`parts` shows each with its own. Boundary "device" leaves out board and losses. On a machine that was calibrated
+against a wall meter (correction.py), host is what its two numbers make of the sensors, instead of those models.
 
 Errors at the edges: a counter renewed every p seconds may be off by its power times p over a window; this widens
 the interval of every window, not its value. A sensor that fails on the way is carried on at its mean power, marked
@@ -46,6 +47,7 @@ from perjoule.devices import choose, find
 from perjoule.devices.cpu_time import HostTime, TreeTime
 from perjoule.devices.remainder import Remainder, losses
 from perjoule.devices.sensor import Component, Found, Joules, Sensor
+from perjoule.measure.correction import Correction, stored
 
 CARRIED = (0.3, 2.0)
 """Interval of energy carried on at mean power after a sensor failed, as factors on it."""
@@ -144,6 +146,7 @@ class Meter:
         self._session: object | None = None
         self._tracks: list[_Track] = []
         self._failed: list[str] = []
+        self._correction: Correction | None = None
         self._first: Mark | None = None
         self._last: Mark | None = None
 
@@ -157,6 +160,15 @@ class Meter:
     ) -> None:
         self.stop()
 
+    async def __aenter__(self) -> Self:
+        """For `async with`: the joules of the time, whatever else the event loop does meanwhile."""
+        return self.start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
     def start(self) -> Self:
         """Open the sensors and begin. A stopped meter may be started again, for a new measurement."""
         with self._lock:
@@ -165,6 +177,7 @@ class Meter:
             self._failed = []
             self._tree = TreeTime(self._pids)
             self._tracks = self._open()
+            self._correct()
             self._host = HostTime()
             self._session, self._last = object(), None
             self._process = os.getpid()
@@ -194,6 +207,11 @@ class Meter:
                 self._host.close()
                 self._session = None
         return self.reading
+
+    @property
+    def sensors(self) -> tuple[str, ...]:
+        """Names of what is read, by counter or load model; constants are not."""
+        return tuple(t.sensor.name for t in self._tracks if t.sensor.how != "assumed")
 
     def mark(self) -> Mark:
         """Read every sensor now. Cheap; to be given to `between`."""
@@ -225,24 +243,34 @@ class Meter:
             raise self._error
         span_s = b.time_s - a.time_s
         parts: list[Part] = []
+        edge_j = 0.0
         notes = list(self._failed)
         covered: set[Component] = set()
         for i, track in enumerate(self._tracks):
-            parts += _parts(track, a.joules[i], b.joules[i], b.failing[i], span_s)
+            found, edge = _parts(track, a.joules[i], b.joules[i], b.failing[i], span_s)
+            parts += found
+            edge_j += edge
             notes += track.sensor.notes
             covered |= track.sensor.covers
         whole = "board" in covered
-        if self._boundary == "host" and any(isinstance(t.sensor, Remainder) for t in self._tracks):
-            lost = losses(_sum(parts))
-            parts.append(Part(name="supply losses", energy_j=_estimate(lost, "assumed", "typical supply losses")))
-        total = _sum(parts)
+        corrected = self._correction is not None and not any(b.failing)
+        if self._correction is not None and corrected:
+            energy, parts = self._correction.apply(parts, span_s, edge_j)
+            notes.append(self._correction.told)
+        else:
+            if self._boundary == "host" and any(isinstance(t.sensor, Remainder) for t in self._tracks):
+                lost = losses(_sum(parts))
+                parts.append(Part(name="supply losses", energy_j=_estimate(lost, "assumed", "typical supply losses")))
+            energy = _estimate(_sum(parts), worst(p.energy_j.how for p in parts), _sources(parts))
+        if self._correction is not None and not corrected:
+            notes.append("a sensor failed on the way, so the calibration is not used")
         if whole and self._boundary == "device":
             notes.append("the sensors cover the whole machine; chips and memory alone cannot be told apart")
         notes += self._crowd(a, b)
         return Reading(
             time_s=Estimate.exact(span_s, "monotonic clock"),
-            energy_j=_estimate(total, worst(p.energy_j.how for p in parts), _sources(parts)),
-            boundary="host" if whole else "device",
+            energy_j=energy,
+            boundary="host" if whole or corrected else "device",
             parts=tuple(parts),
             notes=tuple(dict.fromkeys(notes)),
         )
@@ -276,6 +304,13 @@ class Meter:
         wanted: set[Component] = {"memory", "board"} if self._boundary == "host" else {"memory"}
         missing = frozenset(wanted.difference(*(t.sensor.covers for t in opened)))
         return [*opened, _begin(Remainder(missing))] if missing else opened
+
+    def _correct(self) -> None:
+        """Take the machine's calibration, where there is one for these sensors."""
+        self._correction = None
+        if self._boundary == "host" and self.sensors:
+            self._correction, damaged = stored(self.sensors)
+            self._failed += [damaged] if damaged else []
 
     def _mark(self) -> Mark:
         """Read everything; the caller holds the lock."""
@@ -351,7 +386,10 @@ def _unmeasured(found: Found) -> str:
     return f"{text}; GPU energy is not in the total" if "gpu" in found.covers else text
 
 
-def _parts(track: _Track, a: tuple[Joules, ...], b: tuple[Joules, ...], failing: bool, span_s: float) -> list[Part]:
+def _parts(
+    track: _Track, a: tuple[Joules, ...], b: tuple[Joules, ...], failing: bool, span_s: float
+) -> tuple[list[Part], float]:
+    """The parts of one sensor over a window, and the error of its edges, which is in their intervals."""
     sensor = track.sensor
     how: How = worst((sensor.how, "modelled")) if failing else sensor.how
     spent = [later.since(earlier) for earlier, later in zip(a, b, strict=True)]
@@ -362,7 +400,7 @@ def _parts(track: _Track, a: tuple[Joules, ...], b: tuple[Joules, ...], failing:
         edge = edge_j * (joules.value / total if total > 0 else 1 / len(spent))
         wider = Joules(joules.value, max(joules.low - edge, 0.0), joules.high + edge)
         found.append(Part(name=name, energy_j=_estimate(wider, how, sensor.source)))
-    return found
+    return found, edge_j
 
 
 def _estimate(joules: Joules, how: How, source: str) -> Estimate:

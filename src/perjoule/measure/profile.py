@@ -82,7 +82,7 @@ def profile(model: nn.Module, batch: Mapping[str, Any], *, name: str = "", secon
         passes, reading = _measured(lambda: answer(model, batch), meter, seconds)
         timed, calls, whole_s = _timed(model, batch, seconds)
     one = reading.scaled(1 / passes)
-    idle_j = sum(p.energy_j.value for p in reading.parts if p.name == "idle")
+    idle_j = sum(p.energy_j.value for p in reading.parts if p.name == "idle" or p.name.startswith("board"))
     idle = idle_j / reading.energy_j.value if idle_j and reading.energy_j.value else UNKNOWN_IDLE
     return Profile(
         name=ledger.name,
