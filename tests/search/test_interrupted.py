@@ -21,7 +21,8 @@ ARGUMENTS = ("--keep", "98%", "--target", "onnxruntime", "--evaluations", "4")
 def lines(folder: Path) -> list[bytes]:
     """Whole lines of the journal."""
     journal = folder / "journal.jsonl"
-    return journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
+    found = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
+    return [line for line in found if line.endswith(b"\n")]  # the last one may be torn by the kill
 
 
 def wait_for(process, folder: Path, count: int) -> None:

@@ -60,7 +60,10 @@ def inverse_factor(h_II: Tensor) -> Tensor:
     and U are in memory.
     """
     size = len(h_II)
-    h = h_II.flip(0, 1).double()
+    h = torch.empty(size, size, dtype=torch.float64)
+    for start in range(0, size, SOLVED):  # a few rows at a time: no flipped copy beside it
+        stop = min(start + SOLVED, size)
+        h[start:stop] = h_II[size - stop : size - start].flip(0, 1)
     damp = DAMPING * h.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     h.diagonal().add_(damp)
     l_II = h.mT  # symmetric, and column-major as LAPACK wants it: it is overwritten, not copied
