@@ -16,8 +16,8 @@ A block with more than `SEQUENTIAL` groups (mixtures of experts) gathers several
 statistics allow. A layer that sees no input (an expert nobody asks) is fitted with M = 1, and named.
 
 Cost     per block a forward pass for each group, up to that group, and one for the outputs; the fits.
-Bound    resident: 16 I^2 bytes for the widest input I and one matrix, or a block in float32 and H, and hidden states;
-         with blocks of Llama-2-7B (0.81 GB) 3.0 GB were seen, the program itself included.
+Bound    resident: 14 I^2 bytes for the widest input I and one matrix, or a block in float32 and H, and hidden states;
+         with blocks of Llama-2-7B (0.81 GB) 2.9 GB were seen, the program itself included.
 Source   Frantar et al. 2023 (GPTQ), arXiv:2210.17323, section 4: quantising block by block through quantised inputs.
 Shapes   B windows of a mini-batch, L tokens, D width, I inputs.
 Left out bias correction: vectors stay exact; gradients as weights of outputs.
