@@ -2,18 +2,15 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
-
-CALL = [sys.executable, "-c", "from perjoule.cli.main import main; main()"]
+from tests.cli.running import run
 
 
 @pytest.fixture
 def told(tmp_path):
     def call(*arguments, code=0):
-        done = subprocess.run([*CALL, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = run(tmp_path, *arguments)
         assert done.returncode == code, done.stderr
         return done.stdout if done.returncode in (0, 3) else done.stderr
 

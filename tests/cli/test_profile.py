@@ -1,15 +1,16 @@
 """`perjoule profile` from outside."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 
 import pytest
+from tests.cli.running import run
 
 WORK = """
 import torch
 from torch import nn
 from perjoule import Workload
+
 
 def workload() -> Workload:
     x = [torch.randn(16, 32) for _ in range(2)]
@@ -23,11 +24,7 @@ def workload() -> Workload:
 def perjoule(tmp_path):
     (tmp_path / "work.py").write_text(WORK)
 
-    def call(*arguments):
-        command = [sys.executable, "-c", "from perjoule.cli.main import main; main()", "profile", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-
-    return call
+    return partial(run, tmp_path, "profile")
 
 
 def test_layers_are_listed_with_bars_and_sum_to_the_pass(perjoule):

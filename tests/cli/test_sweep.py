@@ -1,10 +1,10 @@
 """`perjoule sweep` from outside."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 
 import pytest
+from tests.cli.running import run
 from typer.testing import CliRunner
 
 from perjoule.cli.main import app
@@ -14,6 +14,7 @@ WORK = """
 import torch
 from torch import nn
 from perjoule import Workload
+
 
 def workload() -> Workload:
     x = [torch.randn(16, 32) for _ in range(2)]
@@ -25,11 +26,7 @@ def workload() -> Workload:
 def perjoule(tmp_path):
     (tmp_path / "work.py").write_text(WORK)
 
-    def call(*arguments):
-        command = [sys.executable, "-c", "from perjoule.cli.main import main; main()", "sweep", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-
-    return call
+    return partial(run, tmp_path, "sweep")
 
 
 def test_a_curve_with_its_best_point(perjoule):

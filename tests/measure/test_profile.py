@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from perjoule.core.errors import BadInput
+from perjoule.core.reading import Estimate, Reading
+from perjoule.count.counter import count_module
 from perjoule.measure.meter import Meter
 from perjoule.measure.phases import OTHER, Phases
-from perjoule.measure.profile import profile
+from perjoule.measure.profile import _divided, profile
 from perjoule.testing.sensors import SteadySensor
 
 COVERED = frozenset({"cpu", "memory", "board"})
@@ -90,6 +92,19 @@ def test_layers_sum_to_what_was_measured_and_work_tells():
     for layer in found.layers:
         assert layer.energy_j.low <= layer.energy_j.value <= layer.energy_j.high
     assert found.layers[-1].kind == ""  # what lies between layers, last
+
+
+def test_shares_by_hand():
+    """A quarter of the power goes by time: of 8 J, a layer with a tenth of the time and all the work gets 6.2 J."""
+    model, ledger = (
+        nn.Sequential(nn.Linear(4, 4)),
+        count_module(nn.Sequential(nn.Linear(4, 4)), {"input": torch.ones(1, 4)}),
+    )
+    reading = Reading(time_s=Estimate.exact(1.0, "x"), energy_j=Estimate.exact(8.0, "x"), boundary="host")
+    layer, between = _divided(model, ledger, {"0": 0.1}, {"0": 1}, 1.0, reading, 0.25)
+    assert layer.energy_j.value == pytest.approx(8 * (0.25 * 0.1 + 0.75))
+    assert between.energy_j.value == pytest.approx(8 * 0.25 * 0.9)
+    assert (layer.share.low, layer.share.high) == pytest.approx((0.1, 1.0))
 
 
 def test_hooks_are_gone_and_the_model_is_as_it_was():

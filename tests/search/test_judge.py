@@ -153,6 +153,9 @@ def test_a_lost_class_is_named():
         "answers that flipped, class 2": 1.0,
         "answers that flipped, class 1": 0.25,
     }
+    many = np.arange(40) // 4  # ten classes of four; class k loses k of its answers, at most four
+    lost = np.where(np.arange(40) % 4 < np.minimum(many, 4), (many + 1) % 10, many)
+    assert list(flips(lost, many))[1:] == [f"answers that flipped, class {k}" for k in (4, 5, 6)]  # the worst, not any
     assert flips(theirs, theirs) == {"answers that flipped": 0.0}
 
 

@@ -63,22 +63,15 @@ class BatteryDriver(Driver):
             return False
 
     def _one(self, path: Path) -> Found:
-        works, why, remedy = True, "everything behind the battery: power, integrated", ""
+        name, remedy = f"battery {path.name}", ""
         try:
             Battery(path).watts()
         except MeterError as error:
-            works, why = False, str(error)
+            why = str(error)
             remedy = "unplug the charger to measure with it" if "only while" in why else ""
         except OSError as error:
-            works, why = False, f"cannot be read: {error.strerror}"
-        return Found(
-            name=f"battery {path.name}",
-            driver=self.name,
-            works=works,
-            covers=WHOLE,
-            how="measured",
-            boundary="host",
-            why=why,
-            remedy=remedy,
-            opener=lambda pids: Battery(path),
-        )
+            why = f"cannot be read: {error.strerror}"
+        else:
+            why = "everything behind the battery: power, integrated"
+            return self.listed(name, WHOLE, why, lambda pids: Battery(path))
+        return self.listed(name, WHOLE, why, None, remedy=remedy)

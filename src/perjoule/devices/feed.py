@@ -62,32 +62,18 @@ class FeedDriver(Driver):
         if not given:
             return [self.absent("no wall meter's log is given", f"set {VARIABLE} to a CSV file that grows")]
         path = Path(given)
-        works, why = True, "a wall meter's log"
+        name = f"feed {path.name}"
         try:
-            header = _header(path)
-            counted = any(c in _JOULES for c in header)
+            counted = any(c in _JOULES for c in _header(path))
             latest(path, _JOULES if counted else _WATTS)
         except MeterError as error:
-            works, why, counted = False, str(error), False
+            remedy = f"write a CSV file with a column watts or joules to {VARIABLE}, a line a second"
+            return [self.listed(name, WHOLE, str(error), None, remedy=remedy)]
 
         def opener(pids: tuple[int, ...]) -> Sensor:
             return FeedCounter(path) if counted else FeedPower(path)
 
-        return [
-            Found(
-                name=f"feed {path.name}",
-                driver=self.name,
-                works=works,
-                covers=WHOLE,
-                how="measured",
-                boundary="host",
-                why=why,
-                remedy=""
-                if works
-                else f"write a CSV file with a column watts or joules to {VARIABLE}, a line a second",
-                opener=opener,
-            )
-        ]
+        return [self.listed(name, WHOLE, "a wall meter's log", opener)]
 
 
 def _header(path: Path) -> list[str]:

@@ -24,7 +24,7 @@ Source   kernel documentation of each driver (hwmon/amdgpu, xe-hwmon, i915 hwmon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -116,7 +116,7 @@ class HwmonDriver(Driver):
         prefix = next((p for p in chip.labels if any(c.label.startswith(p) for c in channels)), None)
         if chip.labels and prefix is None:
             reason = f"no channel of it is known to be the whole: {', '.join(c.label or c.key for c in channels)}"
-            return [_found(f"{driver} {folder.name}", chip, reason, works=False, opener=None)]
+            return [self.listed(f"{driver} {folder.name}", chip.covers, reason, None)]
         taken = [c for c in channels if c.label.startswith(prefix)] if prefix is not None else channels[:1]
         return [self._one(folder, driver, chip, channel) for channel in taken]
 
@@ -133,12 +133,12 @@ class HwmonDriver(Driver):
                 number(path)
         except MeterError as error:
             remedy = f"sudo chmod a+r {channel.paths[0]}   (until reboot)" if "denied" in str(error) else ""
-            return _found(name, chip, str(error), works=False, opener=None, remedy=remedy)
+            return self.listed(name, chip.covers, str(error), None, remedy=remedy)
         how = "counts" if channel.kind == "energy" else "power, integrated"
         if driver == "amdgpu" and _inside_a_processor(folder):
             why = "an APU's GPU: inside the processor's package, so not added to it"
-            return _found(name, chip, why, works=True, opener=opener, default=False)
-        return _found(name, chip, f"{chip.what}: {how}", works=True, opener=opener)
+            return self.listed(name, chip.covers, why, opener, default=False)
+        return self.listed(name, chip.covers, f"{chip.what}: {how}", opener)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,24 +169,6 @@ def _channel(folder: Path, path: Path, kind: str, paths: tuple[Path, ...]) -> _C
 def _order(path: Path) -> int:
     digits = "".join(ch for ch in path.name.partition("_")[0] if ch.isdigit())
     return int(digits or 0)
-
-
-def _found(
-    name: str, chip: Chip, why: str, *, works: bool, opener: Callable[[tuple[int, ...]], Sensor] | None,
-    remedy: str = "", default: bool = True,
-) -> Found:  # fmt: skip
-    return Found(
-        name=name,
-        driver="hwmon whole" if "board" in chip.covers else "hwmon",
-        works=works,
-        covers=chip.covers,
-        how="measured",
-        boundary="host" if "board" in chip.covers else "device",
-        why=why,
-        remedy=remedy,
-        default=default,
-        opener=opener,
-    )
 
 
 def _inside_a_processor(folder: Path) -> bool:

@@ -112,9 +112,16 @@ class Driver(ABC):
     def find(self) -> list[Found]:
         """Every sensor of this kind that this machine has, or one entry that says why there is none."""
 
+    def listed(
+        self, name: str, covers: tuple[Component, ...], why: str, opener: Callable[[tuple[int, ...]], Sensor] | None,
+        *, remedy: str = "", default: bool = True,
+    ) -> Found:  # fmt: skip
+        """The entry of a measuring sensor; without an `opener` it does not work."""
+        return Found(
+            name=name, driver=self.name, works=opener is not None, covers=covers, how="measured",
+            boundary="host" if "board" in covers else "device", why=why, remedy=remedy, default=default, opener=opener,
+        )  # fmt: skip
+
     def absent(self, why: str, remedy: str = "") -> Found:
         """The one entry where nothing is missing: the machine has no such thing."""
-        return Found(
-            name=self.name, driver=self.name, works=False, covers=(), how="measured", boundary="device", why=why,
-            remedy=remedy,
-        )  # fmt: skip
+        return self.listed(self.name, (), why, None, remedy=remedy)
