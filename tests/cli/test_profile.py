@@ -43,3 +43,12 @@ def test_an_unknown_request_is_refused(perjoule):
     done = perjoule("work.py", "--request", "some")
     assert done.returncode == 2
     assert "unknown request 'some'; did you mean one?" in done.stderr
+
+
+def test_a_training_step_and_its_page(perjoule, tmp_path):
+    done = perjoule("work.py", "--phase", "train", "--seconds", "0.1", "--html", "page.html")
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:6]] == ["forward", "backward", "optimizer", "other"]
+    assert "One training step" in (tmp_path / "page.html").read_text()
+    wrong = perjoule("work.py", "--phase", "trian")
+    assert wrong.returncode == 2
+    assert "unknown phase 'trian'; did you mean train?" in wrong.stderr

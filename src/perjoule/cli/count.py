@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from perjoule.cli.face import JsonFlag, emit, say
+from perjoule.cli.face import JsonFlag, emit, one_of, say
 from perjoule.core.codec import to_json
 from perjoule.core.device import Device
-from perjoule.core.errors import BadInput, UnknownName
+from perjoule.core.errors import BadInput
 from perjoule.core.ledger import Ledger
 from perjoule.core.workload import Phase
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 THIS = "this"
 """The machine that the command runs on, as a name of a device."""
-T = TypeVar("T")
 
 
 def count(
@@ -66,8 +65,8 @@ def count(
 
     if as_json and as_csv:
         raise BadInput("--json and --csv both want standard output; give one of them")
-    grouped: By | None = _one_of("group", by, GROUPINGS) if by else None
-    chosen = _one_of("phase", phase, get_args(Phase)) if phase else None
+    grouped: By | None = one_of("group", by, GROUPINGS) if by else None
+    chosen = one_of("phase", phase, get_args(Phase)) if phase else None
     devices = [found(name) for name in device or ()]
     ledger = _counted(model, batch, context, chosen, optimizer, checkpoint, dtype, shape or [])
     rooflines = _rooflines(ledger, devices, grouped)
@@ -90,13 +89,6 @@ def found(name: str) -> Device:
     from perjoule.devices.catalogue import device
 
     return device(name)
-
-
-def _one_of(kind: str, given: str, known: tuple[T, ...]) -> T:
-    for value in known:
-        if value == given:
-            return value
-    raise UnknownName.of(kind, given, map(str, known))
 
 
 def _counted(

@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from perjoule.core.codec import to_json
+from perjoule.core.errors import UnknownName
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, SI units in its keys.")]
+
+T = TypeVar("T")
 
 
 def console(*, stderr: bool = True) -> Any:
@@ -38,3 +41,11 @@ def emit(value: object, as_json: bool, render: Callable[[Any], None]) -> None:
         sys.stdout.write("\n")
     else:
         render(console(stderr=False))
+
+
+def one_of(kind: str, given: str, known: tuple[T, ...]) -> T:
+    """The one of `known` that is called `given`. Raises UnknownName with what is nearest."""
+    for value in known:
+        if value == given:
+            return value
+    raise UnknownName.of(kind, given, map(str, known))

@@ -11,6 +11,7 @@ by themselves), or a state of fixed size.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -57,6 +58,10 @@ class Cached:
             place = id(t) if is_opaque(t) else (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape))
             places[place] = nbytes(t)
         return sum(places.values())
+
+    def fork(self) -> Cached:
+        """The same cache for one more call: containers of its own, tensors shared; growing it leaves this one."""
+        return Cached(self.name, copy.deepcopy(self.value, {id(t): t for t in _inside(self.value, set())}))
 
     def storages(self) -> set[int]:
         return {t.untyped_storage()._cdata for t in _inside(self.value, set()) if not is_opaque(t) and t.numel()}

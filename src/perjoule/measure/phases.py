@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from perjoule.core.reading import Estimate
+from perjoule.core.reading import Estimate, Reading
 from perjoule.measure.meter import Mark, Meter
 
 OTHER = "other"
@@ -81,12 +81,16 @@ class Phases:
             Share(name=n, times=self._times.get(n, 0), time_s=self._seconds[n], energy_j=_added(self._spent[n]))
             for n in names
         ]
-        whole = self._meter.between(self._began, self._edge).energy_j
+        whole = self.reading().energy_j
         rest = whole.value - math.fsum(s.energy_j.value for s in found)
         if found and abs(rest) > 0:  # the last bit of thousands of windows goes to the largest
             most = max(range(len(found)), key=lambda i: found[i].energy_j.value)
             found[most] = _moved(found[most], rest)
         return found
+
+    def reading(self) -> Reading:
+        """Of everything up to the last edge."""
+        return self._meter.between(self._began, self._edge)
 
     def _cut(self) -> None:
         """What has passed since the last edge belongs to the innermost phase."""

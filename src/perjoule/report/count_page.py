@@ -8,14 +8,13 @@ from pathlib import Path
 from perjoule.core import atomic
 from perjoule.core.device import Device
 from perjoule.core.ledger import Ledger
-from perjoule.report import cost, roofline
+from perjoule.report import cost
+from perjoule.report import roofline as drawing
 from perjoule.report.bounds import By
 from perjoule.report.bounds import roofline as floors
 from perjoule.report.markup import Markup, el
-from perjoule.report.page import whole
+from perjoule.report.page import SCRIPTLESS, section, whole
 from perjoule.report.summary import opening, summary
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write(ledger: Ledger, devices: Sequence[Device], place: Path, *, by: By = "layer") -> None:
@@ -31,27 +30,16 @@ def render(ledger: Ledger, devices: Sequence[Device] = (), *, by: By = "layer") 
         el("h1", ledger.name),
         el("p", _sentence(opening(ledger)), class_="asked"),
     )
-    parts = [_section("totals", "What it needs", "One multiply-add is two FLOPs.", _totals(ledger))]
+    parts = [section("totals", "What it needs", "One multiply-add is two FLOPs.", _totals(ledger))]
     for index, device in enumerate(devices):
         lead = "If every operator runs at the device’s best, one after the other, and nothing stays in its cache."
-        drawn = roofline.section(ledger, floors(ledger, device, by))
-        parts.append(_section(f"device-{index}", f"At best on {device.name}", lead, drawn))
+        drawn = drawing.section(ledger, floors(ledger, device, by))
+        parts.append(section(f"device-{index}", f"At best on {device.name}", lead, drawn))
     lead = "By module; a bar is a share of the FLOPs."
-    parts.append(_section("cost", "Where the cost is", lead, cost.cost_tree(ledger, "")))
+    parts.append(section("cost", "Where the cost is", lead, cost.cost_tree(ledger, "")))
     foot = el("footer", "Counted on shapes, without running or reading the weights.")
     body = el("body", el("div", head, el("main", parts), foot, class_="page"))
-    return whole(f"{ledger.name}: perjoule count", _POLICY, body)
-
-
-def _section(key: str, title: str, lead: str, content: Markup) -> Markup:
-    return el(
-        "section",
-        el("h2", title, id=f"{key}-title"),
-        el("p", lead, class_="lead-in"),
-        content,
-        id=key,
-        aria_labelledby=f"{key}-title",
-    )
+    return whole(f"{ledger.name}: perjoule count", SCRIPTLESS, body)
 
 
 def _totals(ledger: Ledger) -> Markup:

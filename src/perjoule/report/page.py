@@ -21,6 +21,8 @@ _ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
     "%3Cpath d='M9 0 3 9h4l-1 7 7-10H8z' fill='%230b5cad'/%3E%3C/svg%3E"
 )
+SCRIPTLESS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""Content security policy of a page that runs nothing."""
 SECTIONS = (
     (
         "compare",
@@ -92,6 +94,18 @@ def whole(title: str, policy: str, body: Markup) -> str:
     return f"<!DOCTYPE html>\n{el('html', head, body, lang='en')}\n"
 
 
+def section(key: str, title: str, lead: str, content: Child) -> Markup:
+    """A headed part of a page, with a sentence under its heading."""
+    return el(
+        "section",
+        el("h2", title, id=f"{key}-title"),
+        el("p", lead, class_="lead-in"),
+        content,
+        id=key,
+        aria_labelledby=f"{key}-title",
+    )
+
+
 def _asset(name: str) -> str:
     return files("perjoule.report").joinpath(name).read_text(encoding="utf-8")
 
@@ -112,17 +126,7 @@ def _sections(result: Result) -> list[Markup]:
         "refused": versions.refused(result),
         "repeat": repeat.repeat(result),
     }
-    return [
-        el(
-            "section",
-            el("h2", title, id=f"{key}-title"),
-            el("p", lead, class_="lead-in"),
-            content[key],
-            id=key,
-            aria_labelledby=f"{key}-title",
-        )
-        for key, title, lead in SECTIONS
-    ]
+    return [section(key, title, lead, content[key]) for key, title, lead in SECTIONS]
 
 
 def _trade_offs(result: Result) -> Markup:
