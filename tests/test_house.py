@@ -36,9 +36,11 @@ FACE = {
     "--phase --shape",
     "devices": "[NAME] --catalogue --json --probe/--no-probe",
     "ledger": "--csv --equivalents --experiment --json",
+    "ledger fetch": "PROVIDER --out --since --zone",
     "ledger import": "FILE --experiment",
     "ledger init": "--embodied --folder --hours --life --place --price --pue --water",
     "ledger statement": "--experiment --flops --json --per --unit",
+    "ledger when": "LENGTH --hours --json --kwh",
     "measure": "[--] COMMAND --against --device --experiment --json --json-file --protocol --repeats --transfer",
     "methods": "[NAME] --json",
     "optimize": "WORKLOAD --energy --evaluations --json --keep --latency --objective --out --resume --seed --size "
@@ -49,7 +51,7 @@ FACE = {
     "plan train": "MODEL --batch --compare --context --data --device --devices --expert --explain --hours --interleave "
     "--json --micro-batch --optimizer --out --pipeline --place --places --policy --pue --recompute --samples --search "
     "--seq --tensor --tokens --trainable --usd-per-hour --within --year --zero",
-    "profile": "WORKLOAD --depth --json --request --seconds",
+    "profile": "WORKLOAD --context --depth --html --json --phase --request --seconds",
     "reconcile": "PLAN RUN --json",
     "report": "RUN_FOLDER --json",
     "sweep": "LEVER WORKLOAD --allow-hardware-changes --json --request --rounds --seconds --settings",
@@ -124,7 +126,12 @@ def test_no_file_can_reach_the_network():
     network = (
         "aiohttp asyncio.streams ftplib http httpx huggingface_hub requests smtplib socket ssl urllib.request urllib3"
     )
-    assert not culprits(set(network.split()))
+    found = culprits(set(network.split()))
+    assert {line.partition(":")[0] for line in found} == {"src/perjoule/devices/live.py"}, found
+
+
+def test_only_one_command_reaches_the_file_that_can_reach_the_network():
+    assert {line.partition(":")[0] for line in culprits({"perjoule.devices.live"})} == {"src/perjoule/cli/hours.py"}
 
 
 def test_no_file_can_run_code_from_a_pickle():

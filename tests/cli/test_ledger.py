@@ -2,9 +2,14 @@
 
 import csv
 import json
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from tests.cli.running import run
+
+from perjoule.cli import hours
+from perjoule.devices import live
+from perjoule.measure.project import Site
 
 
 @pytest.fixture
@@ -66,3 +71,40 @@ def test_a_statement_for_others(told):
     total = document["operational_kgco2e"]["value"] + document["embodied_kgco2e"]
     assert document["sci_kgco2e"]["value"] == pytest.approx(total / 1000)
     assert told("ledger", "statement", "--per", "0", code=2).count("\n") == 1
+
+
+HOURS = "hour,gco2_per_kwh\n" + "".join(f"2026-03-20 {h:02}:00,{g}\n" for h, g in enumerate((300, 100, 200, 400)))
+
+
+def test_the_greenest_start_and_place(told, tmp_path):
+    (tmp_path / "a.csv").write_text(HOURS)
+    (tmp_path / "b.csv").write_text(HOURS.replace(",100", ",20"))
+    shown = told("ledger", "when", "90min", "--hours", "a.csv", "--hours", "north=b.csv", "--kwh", "2").splitlines()
+    assert shown == [  # (20 + 200 / 2) / 1.5, then (100 + 200 / 2) / 1.5; at once (300 + 20 / 2) / 1.5
+        "north: start 2026-03-20 01:00, 80 g/kWh over 90min, 160 g CO2e; 61 % less than at once (207), the dirtiest start "
+        "is 2026-03-20 02:00 (267)",
+        "a: start 2026-03-20 01:00, 133 g/kWh over 90min, 267 g CO2e; 43 % less than at once (233), the dirtiest start is "
+        "2026-03-20 02:00 (267)",
+    ]
+    assert "does not fit; the series has 4" in told("ledger", "when", "5h", "--hours", "a.csv", code=2)
+    assert "unknown provider 'gp'; did you mean gb?" in told("ledger", "fetch", "gp", "--out", "c.csv", code=2)
+    assert "write a time such as" in told("ledger", "fetch", "gb", "--out", "c.csv", "--since", "dawn", code=2)
+
+
+def test_fetched_hours_carry_the_runs_they_cover(tmp_path, monkeypatch, capsys):
+    """The command's own function, a provider of this machine instead of the network's, and the ledger that reads it."""
+    now = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+
+    class Here:
+        name = "here"
+
+        def hours(self, zone, start, end):
+            assert (start, end) == (now - timedelta(hours=24), now + timedelta(hours=48))
+            span = [start + timedelta(hours=i) for i in range(72)]
+            return [live.Fetched(at=a, g_per_kwh=50.0, kind="actual" if a < now else "forecast") for a in span]
+
+    monkeypatch.setitem(live.PROVIDERS, "here", Here())
+    hours.fetch("here", tmp_path / "h.csv")
+    assert "72 new hours of 72, 48 of them foreseen" in capsys.readouterr().err
+    site = Site(place="DE", hours=str(tmp_path / "h.csv"))
+    assert site.kg_per_kwh(datetime.now(UTC), 60.0).value == pytest.approx(0.05)

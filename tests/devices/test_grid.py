@@ -9,7 +9,7 @@ import pytest
 
 from perjoule.core.errors import BadInput, UnknownName
 from perjoule.devices import grid
-from perjoule.devices.grid import Hour, cheapest_window, hourly, intensity
+from perjoule.devices.grid import Hour, cheapest_window, hourly, intensity, means
 from perjoule.devices.sites import pue, sites
 
 ROWS = grid.table("grid.csv")
@@ -186,6 +186,13 @@ def test_the_cleanest_window_is_the_cleanest():
         assert found.kg_per_kwh == pytest.approx(min(means))
         assert found.first == means.index(min(means))
         assert found.start == str(found.first)
+
+
+def test_a_part_of_an_hour_counts_for_its_part():
+    series = tuple(Hour(at=str(i), kg_per_kwh=kg) for i, kg in enumerate((0.4, 0.1, 0.3, 0.2)))
+    assert means(series, 1.5) == pytest.approx([0.45 / 1.5, 0.25 / 1.5, 0.4 / 1.5])
+    assert means(series, 0.25) == pytest.approx([0.4, 0.1, 0.3, 0.2])
+    assert means(series, 4) == pytest.approx([0.25])
 
 
 def test_the_earliest_of_equal_windows():

@@ -31,7 +31,7 @@ def console(*, stderr: bool = True) -> Any:
 
 def say(message: str) -> None:
     """One line for the person, on standard error."""
-    console().print(message, markup=False)
+    console().print(message, markup=False, soft_wrap=True)  # a path that is broken over two lines cannot be copied
 
 
 def emit(value: object, as_json: bool, render: Callable[[Any], None]) -> None:

@@ -4,6 +4,8 @@ perjoule ledger init --place DE --pue 1.2     from now on `measure`, `optimize` 
 perjoule ledger                               the runs and their totals
 perjoule ledger import emissions.csv          what CodeCarbon has recorded, as it recorded it
 perjoule ledger statement --unit request --per 1000    SCI, and the energy statement of the EU AI Act
+perjoule ledger fetch gb --out hours.csv      hourly carbon intensities; the only command that asks a network
+perjoule ledger when 6h --hours hours.csv     the greenest start for a job of that length
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from perjoule.cli.face import JsonFlag, emit, say
+from perjoule.cli.hours import fetch, when
 from perjoule.core import units
 from perjoule.core.errors import BadInput
 from perjoule.core.reading import Estimate, How, worst
@@ -131,6 +134,10 @@ def statement(
     runs = [e for e in _project().entries() if not experiment or e.experiment == experiment]
     stated = state(runs, unit=unit, per=per, experiment=experiment, flops=flops)
     emit(stated, as_json, lambda console: console.print(stated.text(), markup=False, soft_wrap=True, end=""))
+
+
+app.command()(fetch)
+app.command()(when)
 
 
 def _project() -> Project:

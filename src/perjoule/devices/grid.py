@@ -3,7 +3,7 @@
 Everything here is kgCO2e per kWh of electricity generated in the place (location-based; no certificates bought
 elsewhere are subtracted). There is no default: an unknown place is an error, and the world average has to be named
 ("world"). Nothing is looked up on a network: the yearly table is data/grid.csv, the hours are a file that the user
-exported from a grid operator or a service.
+exported from a grid operator or a service, or had fetched (live.py).
 
 Two bases, told apart in the source of every figure:
     lifecycle   emissions of building plants and of fuels upstream included (Ember; countries)
@@ -40,7 +40,7 @@ _GRAMS = (
     "gco2/kwh", "gco2eq/kwh", "carbon_intensity_gco2_per_kwh", "carbon_intensity",
 )  # fmt: skip
 _HINT = "give a country (name or ISO code), a state or province such as US-CA, a cloud region, or world"
-_HIGHEST_G = 3000.0  # above any grid on record (oil shale and lignite stay below 1400): most likely another unit
+HIGHEST_G = 3000.0  # above any grid on record (oil shale and lignite stay below 1400): most likely another unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,16 +157,24 @@ def hourly(path: str | Path, column: str | None = None) -> tuple[Hour, ...]:
     return tuple(hours)
 
 
-def cheapest_window(series: Sequence[Hour], hours: int) -> Window:
-    """The stretch of `hours` hours with the lowest mean intensity; the earliest of equals. Cost O(n), prefix sums."""
-    if not 1 <= hours <= len(series):
-        raise BadInput(f"a window of {hours} hours does not fit; the series has {len(series)}, so take 1 to that many")
+def means(series: Sequence[Hour], hours: float) -> list[float]:
+    """Mean kg/kWh of a load of constant power that begins with each hour and lasts `hours`. Cost O(n), prefix sums."""
+    if not 0 < hours <= len(series):
+        raise BadInput(f"a window of {hours:g} hours does not fit; the series has {len(series)}, so take at most that")
+    whole = max(0, math.ceil(hours - 1e-9) - 1)
+    last = hours - whole  # of the hour that it ends in
     total = list(accumulate((h.kg_per_kwh for h in series), initial=0.0))
-    sums = [total[i + hours] - total[i] for i in range(len(series) - hours + 1)]
-    least = min(sums) * (1 + 1e-12)  # sums of equal windows differ in their last bits
-    first = next(i for i, total_i in enumerate(sums) if total_i <= least)
-    mean = math.fsum(h.kg_per_kwh for h in series[first : first + hours]) / hours
-    return Window(start=series[first].at, first=first, kg_per_kwh=mean)
+    return [
+        (total[i + whole] - total[i] + last * series[i + whole].kg_per_kwh) / hours for i in range(len(series) - whole)
+    ]
+
+
+def cheapest_window(series: Sequence[Hour], hours: float) -> Window:
+    """The stretch of `hours` with the lowest mean intensity; the earliest of equals."""
+    found = means(series, hours)
+    least = min(found) * (1 + 1e-12)  # equal windows differ in their last bits
+    first = next(i for i, mean in enumerate(found) if mean <= least)
+    return Window(start=series[first].at, first=first, kg_per_kwh=found[first])
 
 
 def _columns(where: Path, header: Sequence[str], column: str | None) -> tuple[int, int]:
@@ -186,8 +194,8 @@ def _hour(where: Path, line: int, row: Sequence[str], time_at: int, grams_at: in
         grams = float(text)
     except ValueError:
         raise BadInput(f"{where} line {line}: '{text}' is not a carbon intensity in g/kWh") from None
-    if not 0 <= grams <= _HIGHEST_G:
-        raise BadInput(f"{where} line {line}: {text} g/kWh is outside 0 to {_HIGHEST_G:.0f}; is it another unit?")
+    if not 0 <= grams <= HIGHEST_G:
+        raise BadInput(f"{where} line {line}: {text} g/kWh is outside 0 to {HIGHEST_G:.0f}; is it another unit?")
     return Hour(at=row[time_at].strip(), kg_per_kwh=grams / 1000)
 
 

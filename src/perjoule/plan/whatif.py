@@ -106,15 +106,15 @@ def _emitting(plan: Plan, what: str, kg_per_kwh: float, note: str) -> Alternativ
 def best_hour(plan: Plan, path: str) -> tuple[Alternative, Alternative]:
     """(the cleanest start in a CSV of hourly intensities, the dirtiest), for a job that runs in one go."""
     series = grid.hourly(path)
-    hours = max(1, round(plan.reading.time_s.value / 3600)) if plan.kind == "training" else 1
+    hours = plan.reading.time_s.value / 3600 if plan.kind == "training" else 1.0
     if hours > len(series):
         raise BadInput(
-            f"the job takes {hours} h, the series has {len(series)} h; give a longer series, or more devices"
+            f"the job takes {hours:.0f} h, the series has {len(series)} h; give a longer series, or more devices"
         )
     clean = grid.cheapest_window(series, hours)
-    means = [sum(h.kg_per_kwh for h in series[i : i + hours]) / hours for i in range(len(series) - hours + 1)]
+    means = grid.means(series, hours)
     worst = max(range(len(means)), key=means.__getitem__)
     return (
-        _emitting(plan, f"start {clean.start}", clean.kg_per_kwh, f" over {hours} h"),
-        _emitting(plan, f"start {series[worst].at}", means[worst], f" over {hours} h"),
+        _emitting(plan, f"start {clean.start}", clean.kg_per_kwh, f" over {duration(3600 * hours)}"),
+        _emitting(plan, f"start {series[worst].at}", means[worst], f" over {duration(3600 * hours)}"),
     )
