@@ -54,18 +54,27 @@ class Cluster:
             raise BadInput(f"{self.count!r} devices; give a whole number of at least 1")
 
 
-def arithmetic(job: Training, device: Device, layout: Layout) -> Sheet:
-    """The sheet of one layout up to the best case of a step and the memory it needs."""
-    sheet = Sheet()
-    work.training(sheet, job)
-    work.layer_shapes(sheet, job)
-    step.rates(sheet, job, device)
+def arithmetic(job: Training, device: Device, layout: Layout, begun: Sheet | None = None) -> Sheet:
+    """The sheet of one layout up to the best case of a step and the memory it needs.
+
+    `begun` is what `common` gives, where many layouts of one job are tried.
+    """
+    sheet = begun.copy() if begun else common(job, device)
     step.placement(sheet, layout, device.node)
     memory.states(sheet, job, layout)
     step.layer(sheet, job, layout)
     step.step(sheet, job, layout)
     memory.activations(sheet, job, layout)
     memory.total(sheet, device)
+    return sheet
+
+
+def common(job: Training, device: Device) -> Sheet:
+    """The lines that no layout changes."""
+    sheet = Sheet()
+    work.training(sheet, job)
+    work.layer_shapes(sheet, job)
+    step.rates(sheet, job, device)
     return sheet
 
 
@@ -112,10 +121,10 @@ def search(job: Training, cluster: Cluster, goal: Goal = "time") -> list[tuple[f
     capacity = _capacity(cluster.device)
     found: list[tuple[float, Layout, Sheet]] = []
     least: tuple[float, Layout] | None = None
-    tried = 0
+    tried, begun = 0, common(job, cluster.device)
     for layout in candidates(job, cluster):
         tried += 1
-        sheet = arithmetic(job, cluster.device, layout)
+        sheet = arithmetic(job, cluster.device, layout, begun)
         need = sheet["M_need"]
         if least is None or need < least[0]:
             least = (need, layout)
