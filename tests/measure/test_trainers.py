@@ -1,5 +1,6 @@
 """Trainers' callbacks. transformers through its own CallbackHandler, in the order of its training loop."""
 
+import contextlib
 import importlib.util
 import time
 import types
@@ -107,6 +108,59 @@ def test_keras_hooks_feed_training():
     hooks.on_train_end(logs)
     assert logs["energy_j"] > 0
     assert (hooks.training.steps, len(hooks.training.epochs), hooks.training.running) == (1, 1, False)
+
+
+@pytest.mark.filterwarnings("ignore")  # its own, of other libraries
+def test_real_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
+    import torch
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Net(lightning.LightningModule):
+        def __init__(self, fails=False):
+            super().__init__()
+            self.linear, self.fails = torch.nn.Linear(2, 1), fails
+
+        def training_step(self, batch, number):
+            if self.fails:
+                raise ZeroDivisionError
+            return self.linear(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def trained(net):
+        callback = trainers.for_lightning(sensors=[steady()])
+        logger = CSVLogger(tmp_path)
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", logger=logger, callbacks=[callback], enable_progress_bar=False,
+            enable_model_summary=False, log_every_n_steps=1, default_root_dir=tmp_path,
+        )  # fmt: skip
+        with contextlib.suppress(ZeroDivisionError):
+            trainer.fit(net, torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=4))
+        return callback.training, logger
+
+    training, logger = trained(Net())
+    assert (training.steps, len(training.epochs), training.running) == (4, 2, False)
+    assert training.reading.energy_j.value == pytest.approx(10 * training.reading.time_s.value)
+    assert "energy_j" in (tmp_path / "lightning_logs" / f"version_{logger.version}" / "metrics.csv").read_text()
+    failed, _ = trained(Net(fails=True))
+    assert failed.reading is not None
+    assert not failed.running
+
+
+def test_real_keras():
+    keras = pytest.importorskip("keras")
+    import numpy
+
+    callback = trainers.for_keras(sensors=[steady()])
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile(optimizer="sgd", loss="mse")
+    history = model.fit(numpy.ones((8, 2)), numpy.ones((8, 1)), batch_size=4, epochs=2, verbose=0, callbacks=[callback])
+    training = callback.training
+    assert (training.steps, len(training.epochs), training.running) == (4, 2, False)
+    assert training.reading.energy_j.value == pytest.approx(10 * training.reading.time_s.value)
+    assert len(history.history["energy_j"]) == 2
 
 
 @pytest.mark.parametrize(("make", "library"), [("for_lightning", "lightning"), ("for_keras", "keras")])

@@ -15,8 +15,7 @@ energy_j with energy_low_j and energy_high_j, power_w, energy_j_per_step, all si
 Hugging Face and Keras do not tell callbacks of an exception: such a run ends with the process, or with the next one,
 and is failed in the ledger. The library is imported where its callback is made, nowhere else.
 
-Left out: Lightning's batches are counted as steps, which differ under gradient accumulation. The hooks of Lightning and
-Keras follow their documentation; only those of transformers were run against the library.
+Left out: Lightning's batches are counted as steps, which differ under gradient accumulation.
 """
 
 from __future__ import annotations
