@@ -33,6 +33,7 @@ class Tree(SteadySensor):
 @pytest.fixture
 def call(tmp_path, monkeypatch):
     monkeypatch.setenv("PERJOULE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("PERJOULE_CALIBRATION")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "readings.csv").write_text(READINGS)
     found = Found(

@@ -114,6 +114,22 @@ def test_a_failing_command_ends_a_protocol_with_its_code():
     assert done.stderr.strip() == f"perjoule: {why}"
 
 
+def test_a_share_says_what_it_is_and_a_control_group_is_checked_before_the_command_runs(tmp_path: Path):
+    done = perjoule("--share", "allocated", "--idle", "0.1", "--", "sh", "-c", "exit 3")
+    assert done.returncode == 3
+    assert "note    allocated: above idle, and of the idle power" in done.stderr
+    for arguments, message in (
+        (["--share", "all"], "unknown share 'all'"),
+        (["--cgroup", "no/such.slice"], "no control group 'no/such.slice'"),
+        (["--share", "above-idle", "--repeats", "3"], "--share, --cgroup and --idle are for one run"),
+    ):
+        refused = perjoule(*arguments, "--", "touch", str(tmp_path / "ran"))
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
+
+
 def test_an_unknown_protocol_is_refused():
     done = perjoule("--protocol", "slow", "--", "true")
     assert done.returncode == 2

@@ -24,6 +24,7 @@ class Host:
 
     grain_s = 0.01
     cpus = 4
+    alone = False
 
     def __init__(self) -> None:
         self.busy = 0.0
@@ -36,6 +37,8 @@ class Host:
 
 
 class Tree:
+    name = "this process tree"
+
     def __init__(self) -> None:
         self.spent = 0.0
 

@@ -3,7 +3,9 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
 from perjoule.core.errors import BadInput
@@ -86,3 +88,28 @@ def test_it_never_decreases():
     assert seen == sorted(seen)
     tree._last_s += 1.0  # as if a child had been seen more finely than its ticks tell when it has ended
     assert tree.cpu_s(time.monotonic()) == tree._last_s >= seen[-1] + 1
+
+
+def test_without_proc_this_process_and_given_ones_keep_their_clocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As in a bare chroot, where psutil raises what it runs into (the hostile tests take /proc away for real)."""
+
+    def missing() -> None:
+        raise FileNotFoundError("/proc/stat")
+
+    monkeypatch.setattr(psutil, "cpu_times", missing)
+    monkeypatch.setattr(cpu_time.os.path, "exists", lambda path: False)
+    monkeypatch.setattr(cpu_time.sys, "platform", "linux")
+    worker = subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
+    try:
+        host, tree = HostTime(tmp_path / "stat"), TreeTime([worker.pid], refresh_s=0.0)
+        assert host.alone
+        host_before, tree_before = host.busy_s(), tree.cpu_s(time.monotonic())
+        spin(0.05)
+        end_s = time.monotonic() + 10
+        while tree.cpu_s(time.monotonic()) - tree_before < 0.1:
+            assert time.monotonic() < end_s, "the given process is not seen"
+            time.sleep(0.02)
+        assert host.busy_s() - host_before >= 0.05
+    finally:
+        worker.kill()
+        worker.wait()

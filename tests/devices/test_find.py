@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 from perjoule.devices import DRIVERS, choose, find
 from perjoule.devices.cpu_model import LoadModelDriver
@@ -13,16 +14,16 @@ class Fixed(Driver):
     """A driver with one working sensor."""
 
     def __init__(self, name: str, *covers: str) -> None:
-        self.label = name
-        self.covers = covers
+        self.name = name
+        self.covers = covers  # type: ignore[assignment]
 
     def find(self) -> list[Found]:
         return [
             Found(
-                name=self.label,
-                driver=self.label,
+                name=self.name,
+                driver=self.name,
                 works=True,
-                covers=self.covers,  # type: ignore[arg-type]
+                covers=self.covers,
                 how="measured",
                 boundary="device",
                 why="it is there",
@@ -50,6 +51,27 @@ def test_every_chosen_sensor_opens_and_reads():
 def test_the_first_driver_wins_each_component():
     drivers = (Fixed("counter", "cpu"), Fixed("platform", "cpu", "board"), Fixed("gpu", "gpu"), LoadModelDriver())
     assert [f.name for f in choose(find(drivers))] == ["counter", "gpu"]
+
+
+def test_what_another_road_reads_is_not_missed():
+    """RAPL by powercap and by perf: whichever works, the other is shown and not told as missing; a GPU is."""
+
+    class Road(Fixed):
+        def __init__(self, name: str, kin: str, works: bool, *covers: str) -> None:
+            super().__init__(name, *covers)
+            self.kin, self.works = kin, works
+
+        def find(self) -> list[Found]:
+            return [replace(f, works=self.works) for f in super().find()]
+
+    for working, broken in (("rapl", "perf rapl"), ("perf rapl", "rapl")):
+        roads = [Road(name, "rapl", name == working, "cpu") for name in ("rapl", "perf rapl")]
+        known = {f.name: f for f in find((*roads, Road("other", "", False, "cpu"), Road("nvml", "", False, "gpu")))}
+        assert (known[working].covers, known[broken].covers) == (("cpu",), ())
+        assert known["other"].covers == ("cpu",)
+        assert known["nvml"].covers == ("gpu",)
+    both = find((Road("rapl", "rapl", False, "cpu"), Road("perf rapl", "rapl", False, "cpu")))
+    assert [f.covers for f in both] == [("cpu",), ("cpu",)], "nobody reads it"
 
 
 def test_importing_devices_is_light():

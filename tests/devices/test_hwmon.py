@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,8 @@ def battery(root: Path, status: str = "Discharging", **files: object) -> Path:
 
 
 def everything(root: Path) -> list[Found]:
-    found = [*HwmonDriver(root, whole=True).find(), *HwmonDriver(root).find()]
+    found = [*HwmonDriver(root, scope="whole").find(), *HwmonDriver(root, scope="module").find()]
+    found += HwmonDriver(root).find()
     return [f for f in found if f.covers]
 
 
@@ -132,6 +134,38 @@ def test_the_server_meter_is_not_added_to_a_card(tmp_path):
     chip(tmp_path, 0, "amdgpu", power1_average=200_000_000)
     chip(tmp_path, 1, "power_meter", power1_average=500_000_000)
     assert [f.name for f in choose(everything(tmp_path))] == ["power_meter hwmon1 power1"]
+
+
+GRACE = ("Grace Power Socket 0", "CPU Power Socket 0", "SysIO Power Socket 0")
+HOPPER = ("Module Power Socket 0", *GRACE)
+
+
+def grace(root: Path, *areas: str) -> None:
+    for number, area in enumerate(areas):
+        entry = root / f"hwmon{number}"
+        (entry / "device").mkdir(parents=True)  # acpi_power_meter registers in the old way
+        for name, text in (("name", "power_meter"), ("power1_oem_info", area), ("power1_average", "100000000")):
+            (entry / "device" / name).write_text(f"{text}\n")
+
+
+def test_of_grace_the_socket_counts_and_its_rails_lie_inside(tmp_path):
+    grace(tmp_path, *GRACE, *(area.replace("0", "1") for area in GRACE))
+    found = everything(tmp_path)
+    assert len(found) == 6
+    assert [(f.name, f.covers) for f in choose(found)] == [
+        ("power_meter hwmon0 Grace Power Socket 0", ("cpu", "memory")),
+        ("power_meter hwmon3 Grace Power Socket 1", ("cpu", "memory")),
+    ]
+
+
+def test_of_grace_hopper_the_module_counts_and_beside_a_measured_gpu_the_socket(tmp_path):
+    grace(tmp_path, *HOPPER)
+    found = everything(tmp_path)
+    assert [f.name for f in choose(found)] == ["power_meter hwmon0 Module Power Socket 0"]
+    gpu = replace(found[0], name="nvml gpu 0", driver="nvml", covers=("gpu",))
+    assert [f.name for f in choose([gpu, *found])] == ["nvml gpu 0", "power_meter hwmon1 Grace Power Socket 0"]
+    module = replace(gpu, covers=("cpu", "gpu", "memory"))
+    assert choose([module, *found]) == [module]
 
 
 @pytest.mark.parametrize(("revision", "added"), [(1, True), (2, False), (3, False)])
@@ -269,6 +303,19 @@ def test_a_feed_that_says_nothing(text, why, tmp_path, monkeypatch):
     assert not found.works
     assert why in found.why
     assert VARIABLE in found.remedy
+
+
+def test_a_wall_clock_that_jumps_back_does_not_stop_a_feed_and_one_that_jumps_on_heals(tmp_path, monkeypatch):
+    file = tmp_path / "meter.csv"
+    file.write_text("watts\n100\n")
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 1e6)
+    assert FeedPower(file).watts() == 100
+    monkeypatch.setattr(time, "time", lambda: real() + 1e6)
+    with pytest.raises(MeterError, match="s old"):
+        FeedPower(file).watts()
+    os.utime(file, (real() + 1e6, real() + 1e6))  # the meter's program writes by the new clock
+    assert FeedPower(file).watts() == 100
 
 
 def test_a_feed_whose_program_has_stopped(tmp_path):

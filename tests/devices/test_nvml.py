@@ -1,5 +1,6 @@
 """NVML through a fake library with the real names, codes and exception classes (nvidia-ml-py 13.615)."""
 
+import math
 import types
 from typing import Any
 
@@ -45,6 +46,7 @@ class FakeNvml(types.SimpleNamespace):
 
     def __init__(self, mj: int | None = 1_000_000, mw: int | None = 250_000, *, gpus: int = 1) -> None:
         super().__init__(mj=mj, mw=mw, instant=True, gpus=gpus, opened=0, init_error=0, lost=False, virtual=0, mig=0)
+        self.label = "NVIDIA H200"
 
     def _answer(self, value: Any) -> Any:
         if self.opened <= 0:
@@ -70,7 +72,7 @@ class FakeNvml(types.SimpleNamespace):
         return int(self._answer(index))
 
     def nvmlDeviceGetName(self, handle: int) -> str:
-        return str(self._answer("NVIDIA H200"))
+        return str(self._answer(self.label))
 
     def nvmlDeviceGetUUID(self, handle: int) -> str:
         return str(self._answer(f"GPU-{handle}abc"))
@@ -161,6 +163,49 @@ def test_virtual_and_partitioned_gpus_say_so():
     notes = " ".join(NvmlGpu(library, 0).notes)
     assert "virtual GPU" in notes
     assert "MIG" in notes
+
+
+def test_the_counter_of_a_grace_hopper_is_the_modules():
+    """Neither its processor nor its memory may be added by another sensor."""
+    library = FakeNvml()
+    library.label = "NVIDIA GH200 480GB"
+    (found,) = NvmlDriver(library, present=True).find()
+    assert found.covers == ("cpu", "gpu", "memory")
+    assert "whole module" in found.why
+    assert found.open().covers == {"cpu", "memory", "gpu"}
+    library.mj = None
+    (found,) = NvmlDriver(library, present=True).find()
+    assert found.covers == ("gpu",), "its power is the GPU's alone"
+
+
+def power_curve(seconds: float) -> float:
+    """Watts of a training step: idle, a ramp, a plateau with a ripple of the size of a kernel."""
+    return 90.0 + 400.0 * min(max(seconds - 1.0, 0.0), 1.0) + 60.0 * math.sin(2 * math.pi * 1.3 * seconds)
+
+
+def recorded_joules(seconds: float) -> float:
+    """The integral of `power_curve` from 0, by hand."""
+    ramp = min(max(seconds - 1.0, 0.0), 1.0)
+    plateau = max(seconds - 2.0, 0.0)
+    ripple = 60.0 * (1 - math.cos(2 * math.pi * 1.3 * seconds)) / (2 * math.pi * 1.3)
+    return 90.0 * seconds + 400.0 * (ramp**2 / 2 + plateau) + ripple
+
+
+@pytest.mark.parametrize("jitter_s", [0.0, 0.03])
+def test_counter_and_integrated_power_agree_to_one_percent_over_five_seconds(jitter_s: float):
+    """One power curve behind both: the counter renewed every 100 ms, the power read ten times a second."""
+    counted, polled = FakeNvml(mj=1000, mw=1), FakeNvml(mj=None, mw=1)
+    by_counter, by_power = NvmlGpu(counted, 0), NvmlGpu(polled, 0)
+    for tick in range(62):  # the meter's thread is late now and then
+        now_s = 0.1 * tick + jitter_s * ((tick * 7) % 5) / 5
+        counted.mj = 1000 + round(1e3 * recorded_joules(0.1 * math.floor(now_s / 0.1 + 1e-9)))
+        counted.mw = polled.mw = round(1e3 * power_curve(now_s))
+        (one,), (other,) = by_counter.read(now_s), by_power.read(now_s)
+    assert now_s > 5
+    truth = recorded_joules(now_s)
+    assert one.value == pytest.approx(truth, rel=0.01)
+    assert other.value == pytest.approx(truth, rel=0.01)
+    assert one.value == pytest.approx(other.value, rel=0.01)
 
 
 def test_a_lost_gpu_is_an_error_and_may_come_back():

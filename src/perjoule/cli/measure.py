@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perjoule.cli.face import JsonFlag, console, emit
+from perjoule.cli.face import JsonFlag, console, emit, say
 from perjoule.core import atomic, units
 from perjoule.core.codec import to_json
-from perjoule.core.errors import BadInput, UnknownName
+from perjoule.core.errors import BadInput, PerjouleError, UnknownName
 from perjoule.core.reading import Boundary, Estimate, Reading
 
 if TYPE_CHECKING:
@@ -51,6 +53,16 @@ def measure(
     with_transfer: Annotated[
         bool, typer.Option("--transfer", help="Bytes of disk and network too, and what the network may have drawn.")
     ] = False,
+    share: Annotated[
+        str, typer.Option(help="Whose joules: total (the machine), above-idle, or allocated to this work.")
+    ] = "total",
+    cgroup: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="This control group's work (a container, a unit) while COMMAND runs."),
+    ] = None,
+    idle: Annotated[
+        float, typer.Option(min=0, max=3600, metavar="SECONDS", help="Measure the quiet machine first, for --share.")
+    ] = 0.0,
     as_json: JsonFlag = False,
     json_file: Annotated[
         Path | None, typer.Option("--json-file", help="Write the JSON document here; streams stay untouched.")
@@ -63,6 +75,7 @@ def measure(
     from perjoule.devices.traffic import traffic
     from perjoule.measure.command import Measured, repeated, run
     from perjoule.measure.project import recorded
+    from perjoule.measure.share import known
     from perjoule.measure.transfer import transfer
 
     if json_file is not None:
@@ -70,6 +83,9 @@ def measure(
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise BadInput(f"--json-file {json_file}: cannot write into folder {folder}")
     boundary: Boundary = "device" if device_only else "host"
+    of = known(share)
+    if (of != "total" or cgroup or idle) and (protocol or against or repeats):
+        raise BadInput("--share, --cgroup and --idle are for one run; leave out --protocol, --against and --repeats")
     if with_transfer and (protocol or against or repeats):
         raise BadInput("--transfer is for one run; leave out --protocol, --against and --repeats")
     before = traffic() if with_transfer else None
@@ -82,17 +98,38 @@ def measure(
         ):
             found = repeated(command, chosen, against=shlex.split(against), boundary=boundary, stdout=stdout)
     else:
-        found = run(command, boundary=boundary, stdout=stdout, experiment=experiment)
-    moved = transfer(traffic().since(before), found.reading) if before and isinstance(found, Measured) else None
+        found = run(
+            command, boundary=boundary, stdout=stdout, experiment=experiment,
+            share=of, cgroups=cgroup or (), idle_s=idle,
+        )  # fmt: skip
+    moved = None
+    if before and isinstance(found, Measured):
+        with suppress(PerjouleError):  # shown a moment ago, gone now
+            moved = transfer(traffic().since(before), found.reading)
     document = to_json(found) | ({"transfer": to_json(moved)} if moved else {})
-    if json_file is not None:
-        atomic.write_json(json_file, document)
-    if as_json:
-        emit(document, True, lambda _: None)
-    else:
-        told = [*_told(found), *(_moved(moved) if moved else [])]
-        console().print("\n".join(told), markup=False, soft_wrap=True)
+    told = [*_told(found), *(_moved(moved) if moved else [])]
+    try:
+        if json_file is not None:
+            atomic.write_json(json_file, document)
+        if as_json:
+            emit(document, True, lambda _: None)
+            sys.stdout.flush()
+        else:
+            console().print("\n".join(told), markup=False, soft_wrap=True)
+    except SystemExit:
+        pass  # rich's answer to a reader that has gone
+    except (PerjouleError, OSError, ValueError, AttributeError) as error:  # closed, full, or not there at all
+        _unsaid(error)
     raise typer.Exit(found.exit_code if isinstance(found, Measured) else 0)
+
+
+def _unsaid(error: Exception) -> None:
+    """The figure could not be written; the command's exit code stays ours all the same."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in its buffer goes nowhere
+    if not isinstance(error, BrokenPipeError):
+        with suppress(OSError, ValueError, AttributeError):
+            say(f"perjoule: the command has run, but its figure could not be written: {error}")
 
 
 def _protocol(name: str, repeats: int) -> Protocol:

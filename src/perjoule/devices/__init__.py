@@ -6,29 +6,57 @@ sensor library; each driver does that when it is asked to look.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from perjoule.core.errors import PerjouleError
+from perjoule.devices.amd_smi import AmdSmiDriver
+from perjoule.devices.apple import AppleDriver
 from perjoule.devices.battery import BatteryDriver
 from perjoule.devices.cpu_model import LoadModelDriver
 from perjoule.devices.feed import FeedDriver
+from perjoule.devices.guard import OPEN_S, directly, once
 from perjoule.devices.hwmon import HwmonDriver
 from perjoule.devices.nvml import NvmlDriver
+from perjoule.devices.perf_rapl import PerfRaplDriver
 from perjoule.devices.powercap import PowercapDriver
 from perjoule.devices.sensor import Component, Driver, Found
 
 DRIVERS: tuple[Driver, ...] = (
     FeedDriver(),
     PowercapDriver(),
-    HwmonDriver(whole=True),
+    PerfRaplDriver(),
+    AppleDriver(),
+    HwmonDriver(scope="whole"),
     NvmlDriver(),
+    HwmonDriver(scope="module"),
     HwmonDriver(),
+    AmdSmiDriver(),
     BatteryDriver(),
     LoadModelDriver(),
 )
 """Best first: a component is taken by the first driver that covers it."""
 
+BROKEN = "its library or driver is broken; the maker's own tool should say more"
+
 
 def find(drivers: tuple[Driver, ...] = DRIVERS) -> list[Found]:
-    """Every sensor that any driver knows of: what works, what does not, why, and what to do."""
-    return [found for driver in drivers for found in driver.find()]
+    """Every sensor that any driver knows of: what works, what does not, why, and what to do.
+
+    What does not work and is read by another driver of its kin covers nothing, so nobody is told that it is missing.
+    """
+    known: list[Found] = []
+    for driver in drivers:
+        try:
+            who = f"looking for {driver.name}"
+            known += directly(who, driver.find) if driver.prompt else once(who, driver.find, patience_s=OPEN_S)
+        except PerjouleError as error:
+            known.append(driver.listed(driver.name, driver.covers, str(error), None, remedy=BROKEN))
+    kin = {driver.name: driver.kin for driver in drivers if driver.kin}
+    read = {(kin[f.driver], c) for f in known if f.works and f.default and f.driver in kin for c in f.covers}
+    return [
+        replace(f, covers=()) if not f.works and all((kin.get(f.driver, ""), c) in read for c in f.covers) else f
+        for f in known
+    ]
 
 
 def choose(known: list[Found]) -> list[Found]:

@@ -23,6 +23,8 @@ ROOT = Path("/sys/class/power_supply")
 class Battery(Integrated):
     """One discharging battery."""
 
+    prompt = True
+
     def __init__(self, path: Path) -> None:
         super().__init__(f"battery {path.name}", frozenset(WHOLE), error=0.10, period_s=10.0, poll_s=1.0)
         self.path = path
@@ -41,6 +43,7 @@ class BatteryDriver(Driver):
     """Finds batteries that power the machine. `root` is for tests."""
 
     name = "battery"
+    prompt = True
 
     def __init__(self, root: Path = ROOT) -> None:
         self._root = root

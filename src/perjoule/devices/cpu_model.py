@@ -17,12 +17,13 @@ from its RAPL energy. (Their `rapl_power` column lags by one step, which makes t
 is.) Idle and maximum for one machine fitted on the other three, load >= 5 %: with the clock median error 24 %, bias
 +7 %, without 35 %, +9 %; on the same steps linear TDP x load has 35 %, +4 %, the cubic 10 % + 90 % load^3 has 52 %,
 -32 %. The interval [0.4, 2] covers 93 % and 91 % of held-out steps. The two shapes were chosen on all four
-machines, so a fifth may fare worse. tests/devices/test_cpu_model.py guards this. What remains is the spread of a
-machine's maximum over its TDP (0.57-0.97); a wall meter would narrow it.
+machines, so a fifth may fare worse: with the shape as well chosen on the three others the median error is 33 %, the
+bias +12 %, and 94 % lie inside (benchmarks/load_model.py). tests/devices/test_cpu_model.py guards this. What remains
+is the spread of a machine's maximum over its TDP (0.57-0.97); a wall meter would narrow it.
 
 Three terms, which sum to the machine's energy:
     idle                  what an idle machine would have drawn in the same time
-    this process tree     of the power above idle, the share of its CPU time
+    this process tree     of the power above idle, the share of its CPU time (or: cgroup NAME)
     other processes       the rest of it
 
 Time grain: the tree's CPU time is exact to nanoseconds, the machine's comes in ticks of 10 ms. Steps shorter
@@ -64,14 +65,14 @@ class LoadModel(Sensor):
     """The model above, fed with this machine's load."""
 
     how = "modelled"
-    terms = TERMS
     max_gap_s = 1.0
+    prompt = True
 
     def __init__(
         self,
         spec: Spec | None = None,
         *,
-        pids: Iterable[int] = (),
+        work: Iterable[int | str] = (),
         host: HostTime | None = None,
         tree: TreeTime | None = None,
         clock: Callable[[], float | None] | None = None,
@@ -82,7 +83,10 @@ class LoadModel(Sensor):
         self.covers = frozenset({"cpu", "memory", "board"} if self.spec.whole else {"cpu"})
         self.source = f"CPU load x {self.spec.source}"
         self._host = host or HostTime()
-        self._tree = tree or TreeTime(pids)
+        if self._host.alone:
+            self.note("this system does not show the machine's load: what other processes draw is not in the figure")
+        self._tree = tree or TreeTime(work)
+        self.terms = (TERMS[0], self._tree.name, TERMS[2])
         self._clock_of = clock or clock_ratio
         self._clock: float | None = None
         self._terms = (Joules(), Joules(), Joules())
@@ -166,6 +170,7 @@ class LoadModelDriver(Driver):
     """There is always CPU time, so this never fails; it is the last resort."""
 
     name = "cpu load model"
+    prompt = True
 
     def find(self) -> list[Found]:
         cpu = identify()
@@ -181,6 +186,6 @@ class LoadModelDriver(Driver):
                 boundary="host" if spec.whole else "device",
                 why=f"{spec.source}; {100 * spec.spread[0]:.0f}-{100 * spec.spread[1]:.0f} % interval",
                 remedy="nothing; but any counter is far better, so measure on bare metal where figures must be narrow",
-                opener=lambda pids: LoadModel(spec, pids=pids),
+                opener=lambda work: LoadModel(spec, work=work),
             )
         ]

@@ -20,7 +20,7 @@ from perjoule.core.errors import MeterError
 from perjoule.core.units import J_PER_KWH
 from perjoule.devices.flow import Counted, Integrated
 from perjoule.devices.hwmon import WHOLE
-from perjoule.devices.sensor import Driver, Found, Sensor
+from perjoule.devices.sensor import Driver, Found, Sensor, Work
 
 VARIABLE = "PERJOULE_FEED"
 STALE_S = 15.0
@@ -70,7 +70,7 @@ class FeedDriver(Driver):
             remedy = f"write a CSV file with a column watts or joules to {VARIABLE}, a line a second"
             return [self.listed(name, WHOLE, str(error), None, remedy=remedy)]
 
-        def opener(pids: tuple[int, ...]) -> Sensor:
+        def opener(work: Work) -> Sensor:
             return FeedCounter(path) if counted else FeedPower(path)
 
         return [self.listed(name, WHOLE, "a wall meter's log", opener)]

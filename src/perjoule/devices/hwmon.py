@@ -9,6 +9,10 @@ Layout (Documentation/hwmon/sysfs-interface.rst): /sys/class/hwmon/hwmon*/ with 
     currN_input      milliamperes }
     *_label          what it is
 
+A power_meter of NVIDIA's Grace says in power1_oem_info which area it is: "Module Power" (Grace-Hopper: processor, GPU,
+both memories), "Grace Power" (a socket with its memory), "CPU Power" and "SysIO Power" (rails inside the socket). The
+module stands under a driver's name of its own as well, behind NVML: its counter covers the whole module on a GH200.
+
 Only chips that are known are taken (`CHIPS`), because a watt of an unknown rail may lie inside another. Of a Jetson's
 rails the input counts all the others. The GPU of an AMD APU lies inside the processor's package and is shown, not added
 (its gpu_metrics have format 2 or 3; a card's have 1).
@@ -28,14 +32,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from perjoule.core.errors import MeterError
 from perjoule.devices.flow import Counted, Integrated
-from perjoule.devices.sensor import Component, Driver, Found, Sensor
+from perjoule.devices.sensor import Component, Driver, Found, Sensor, Work
 
 ROOT = Path("/sys/class/hwmon")
 MICRO, MILLI = 1e-6, 1e-3
 WHOLE: tuple[Component, ...] = ("cpu", "memory", "board", "gpu")
+Scope = Literal["whole", "module", "part"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +69,20 @@ CHIPS: Mapping[str, Chip] = MappingProxyType({
 })  # fmt: skip
 """By the driver's name."""
 
+AREAS: Mapping[str, Chip] = MappingProxyType({
+    "Module Power": Chip(what="Grace-Hopper module", covers=("cpu", "memory", "gpu"), period_s=0.1),
+    "Grace Power": Chip(what="Grace socket", covers=("cpu", "memory"), period_s=0.1),
+    "CPU Power": Chip(what="rail inside the Grace socket", covers=("cpu",), period_s=0.1),
+    "SysIO Power": Chip(what="rail inside the Grace socket", covers=("cpu",), period_s=0.1),
+})  # fmt: skip
+"""Of a power_meter, by the beginning of its power1_oem_info."""
+INSIDE = ("CPU Power", "SysIO Power")
+
 
 class HwmonCounter(Counted):
     """One energyN_input."""
+
+    prompt = True
 
     def __init__(self, path: Path, name: str, chip: Chip) -> None:
         super().__init__(name, frozenset(chip.covers), error=chip.error, period_s=chip.period_s)
@@ -77,6 +94,8 @@ class HwmonCounter(Counted):
 
 class HwmonPower(Integrated):
     """One powerN_average or powerN_input, or volts times amperes."""
+
+    prompt = True
 
     def __init__(self, paths: tuple[Path, ...], name: str, chip: Chip) -> None:
         super().__init__(name, frozenset(chip.covers), error=chip.error, period_s=chip.period_s, poll_s=0.5)
@@ -90,11 +109,14 @@ class HwmonPower(Integrated):
 
 
 class HwmonDriver(Driver):
-    """Finds known chips: those of the `whole` machine, or those of parts. `root` is for tests."""
+    """Finds known chips: those of the whole machine, of a module, or of parts. `root` is for tests."""
 
-    def __init__(self, root: Path = ROOT, *, whole: bool = False) -> None:
-        self._root, self._whole = root, whole
-        self.name = "hwmon whole" if whole else "hwmon"
+    prompt = True
+
+    def __init__(self, root: Path = ROOT, *, scope: Scope = "part") -> None:
+        self._root, self._scope = root, scope
+        self.name = "hwmon" if scope == "part" else f"hwmon {scope}"
+        self.kin = "amd" if scope == "part" else ""
 
     def find(self) -> list[Found]:
         try:
@@ -102,28 +124,31 @@ class HwmonDriver(Driver):
         except OSError:
             folders = []
         found: list[Found] = []
-        for folder in folders:
-            chip = CHIPS.get(_text(folder / "name"))
-            if chip is not None and ("board" in chip.covers) == self._whole:
-                found += self._of(folder, _text(folder / "name"), chip)
-        what = "meter of the whole machine" if self._whole else "sensor of a GPU or socket"
-        return found or [self.absent(f"no {what} in {self._root}")]
+        for entry in folders:
+            # what registered in the old way has its files one level down
+            folder = entry if (entry / "name").exists() else entry / "device"
+            driver = _text(folder / "name")
+            chip = _area(folder) if driver == "power_meter" else None
+            chip = chip or CHIPS.get(driver)
+            if chip is not None and _scope(chip) == self._scope:
+                found += self._of(folder, entry.name, driver, chip)
+        return found or [self.absent(f"no {_SOUGHT[self._scope]} in {self._root}")]
 
-    def _of(self, folder: Path, driver: str, chip: Chip) -> list[Found]:
+    def _of(self, folder: Path, entry: str, driver: str, chip: Chip) -> list[Found]:
         channels = _channels(folder)
         if not channels:
             return []
         prefix = next((p for p in chip.labels if any(c.label.startswith(p) for c in channels)), None)
         if chip.labels and prefix is None:
             reason = f"no channel of it is known to be the whole: {', '.join(c.label or c.key for c in channels)}"
-            return [self.listed(f"{driver} {folder.name}", chip.covers, reason, None)]
+            return [self.listed(f"{driver} {entry}", chip.covers, reason, None)]
         taken = [c for c in channels if c.label.startswith(prefix)] if prefix is not None else channels[:1]
-        return [self._one(folder, driver, chip, channel) for channel in taken]
+        return [self._one(folder, entry, driver, chip, channel) for channel in taken]
 
-    def _one(self, folder: Path, driver: str, chip: Chip, channel: _Channel) -> Found:
-        name = f"{driver} {folder.name} {channel.label or channel.key}"
+    def _one(self, folder: Path, entry: str, driver: str, chip: Chip, channel: _Channel) -> Found:
+        name = f"{driver} {entry} {_text(folder / 'power1_oem_info') or channel.label or channel.key}"
 
-        def opener(pids: tuple[int, ...]) -> Sensor:
+        def opener(work: Work) -> Sensor:
             if channel.kind == "energy":
                 return HwmonCounter(channel.paths[0], name, chip)
             return HwmonPower(channel.paths, name, chip)
@@ -138,6 +163,8 @@ class HwmonDriver(Driver):
         if driver == "amdgpu" and _inside_a_processor(folder):
             why = "an APU's GPU: inside the processor's package, so not added to it"
             return self.listed(name, chip.covers, why, opener, default=False)
+        if chip in (AREAS[area] for area in INSIDE):
+            return self.listed(name, chip.covers, f"{chip.what}, so not added to it", opener, default=False)
         return self.listed(name, chip.covers, f"{chip.what}: {how}", opener)
 
 
@@ -147,6 +174,23 @@ class _Channel:
     kind: str
     label: str
     paths: tuple[Path, ...]
+
+
+_SOUGHT: Mapping[Scope, str] = MappingProxyType({
+    "whole": "meter of the whole machine", "module": "meter of a module", "part": "sensor of a GPU or socket",
+})  # fmt: skip
+
+
+def _scope(chip: Chip) -> Scope:
+    if "board" in chip.covers:
+        return "whole"
+    return "module" if chip == AREAS["Module Power"] else "part"
+
+
+def _area(folder: Path) -> Chip | None:
+    """What a power_meter of Grace measures."""
+    told = _text(folder / "power1_oem_info")
+    return next((chip for area, chip in AREAS.items() if told.startswith(area)), None)
 
 
 def _channels(folder: Path) -> list[_Channel]:

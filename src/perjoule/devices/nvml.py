@@ -14,8 +14,10 @@ Armour 2024, SC24, arXiv 2312.02741), which long windows average out; integrated
 Which GPUs: those that CUDA_VISIBLE_DEVICES lists, else all. With MIG the counter covers the whole GPU, and a note
 says so. Counts the board of the GPU: chip, memory, regulators.
 
-Left out: on Grace-Hopper the module counter (CPU and GPU together). pynvml (nvidia-ml-py) is imported only where a
-driver shows itself.
+On a GH200 the counter is the module's: processor, GPU and both memories (https://github.com/ml-energy/zeus/pull/172),
+so it covers all of them there, and nothing else is added for them. Its power is the GPU's.
+
+pynvml (nvidia-ml-py) is imported only where a driver shows itself.
 """
 
 from __future__ import annotations
@@ -29,12 +31,15 @@ from pathlib import Path
 from typing import Any
 
 from perjoule.core.errors import MeterError
-from perjoule.devices.sensor import Driver, Found, Joules, Sensor
+from perjoule.devices.sensor import Component, Driver, Found, Joules, Sensor
 
 _J_PER_MJ = 1e-3
 _W_PER_MW = 1e-3
 _TRACES = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
 """Where an NVIDIA driver (or WSL's) shows itself."""
+
+MODULE: frozenset[Component] = frozenset({"cpu", "memory", "gpu"})
+"""What the counter of a Grace-Hopper covers."""
 
 POLL_S = 0.1
 """How often power is read where it must be integrated."""
@@ -67,6 +72,8 @@ class NvmlGpu(Sensor):
             self._counts = self._has_counter()
             if not self._counts:
                 self._watch_power()
+            elif "GH200" in _text(self._ask(library.nvmlDeviceGetName, self._handle)):
+                self.covers = MODULE
             self._virtual_or_shared()
         except MeterError:
             self.close()
@@ -163,6 +170,7 @@ class NvmlDriver(Driver):
     """Finds the GPUs. `library` and `present` are for tests."""
 
     name = "nvml"
+    covers = ("gpu",)
 
     def __init__(self, library: Any = None, *, present: bool | None = None) -> None:
         self._library = library
@@ -191,12 +199,15 @@ class NvmlDriver(Driver):
 
     def _gpu(self, nvml: Any, index: int) -> Found:
         works, remedy, default, label = True, "", True, f"gpu {index}"
+        covers: tuple[Component, ...] = ("gpu",)
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
             label = _text(nvml.nvmlDeviceGetName(handle))
             default = _visible(index, _text(nvml.nvmlDeviceGetUUID(handle)))
             sensor = NvmlGpu(nvml, index)
             why = f"{label}: {sensor.source.removeprefix(f'nvml gpu {index} ')}"
+            why += ", of the whole module" if sensor.covers == MODULE else ""
+            covers = tuple(sorted(sensor.covers))
             why += "" if default else "; not in CUDA_VISIBLE_DEVICES, so not added"
             sensor.close()
         except nvml.NVMLError as error:
@@ -207,7 +218,7 @@ class NvmlDriver(Driver):
             name=f"nvml gpu {index}",
             driver=self.name,
             works=works,
-            covers=("gpu",),
+            covers=covers,
             how="measured",
             boundary="device",
             why=why,

@@ -48,6 +48,7 @@ class RaplZone(Sensor):
 
     how = "measured"
     period_s = 0.001
+    prompt = True
 
     def __init__(self, path: Path, name: str, covers: frozenset[Component], error: float) -> None:
         super().__init__()
@@ -100,6 +101,9 @@ class PowercapDriver(Driver):
     """Finds the zones. `root` and `settle_s` (how long a counter may take to move) are for tests."""
 
     name = "rapl"
+    kin = "rapl"
+    prompt = True
+    covers = ("cpu",)
 
     def __init__(self, root: Path = ROOT, *, settle_s: float = 0.02) -> None:
         self._root = root

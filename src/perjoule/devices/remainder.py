@@ -45,6 +45,7 @@ class Remainder(Sensor):
 
     name = "remainder model"
     how = "assumed"
+    prompt = True
 
     def __init__(self, covers: frozenset[Component], *, nbytes: int | None = None) -> None:
         super().__init__()

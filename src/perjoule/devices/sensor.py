@@ -7,7 +7,8 @@ adjacent windows add up exactly and any number of windows may overlap, at the co
 Units: a driver converts what its source speaks (microjoules, milliwatts, jiffies) into joules, watts and seconds
 in its own file; beyond it there is SI only.
 
-Errors: a sensor that was refused, vanished or gives nonsense raises MeterError from `read` and may be asked again.
+Errors: a sensor that was refused, vanished or gives nonsense raises MeterError from `read` and may be asked again. What
+else it raises, and an answer that never comes, is turned into that between it and the meter (perjoule.devices.guard).
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from perjoule.core.reading import How
+from perjoule.devices.guard import OPEN_S, once
 
 Component = Literal["cpu", "memory", "board", "gpu"]
 """A thing that draws power. The sensors of one meter never cover the same thing twice."""
+
+Work = tuple[int | str, ...]
+"""Whose work is measured: ids of processes, besides this one and its children; names of control groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,9 @@ class Sensor(ABC):
     """How often the source renews its figure: the error of each edge of a window, in seconds of its power."""
     max_gap_s: float = math.inf
     """Read at least this often, or energy is lost (wraps) or blurred (load, power)."""
+    prompt: bool = False
+    """Whether a reading never waits for long, because it comes from this process or straight from the kernel. Others
+    are read on a thread of their own, so that a library that hangs does not hang the measured program."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -95,25 +103,31 @@ class Found:
     """What to do to make it work; "" if nothing is needed or nothing helps."""
     default: bool = True
     """Whether a meter takes it by itself."""
-    opener: Callable[[tuple[int, ...]], Sensor] | None = field(default=None, compare=False, repr=False)
+    opener: Callable[[Work], Sensor] | None = field(default=None, compare=False, repr=False)
 
-    def open(self, pids: tuple[int, ...] = ()) -> Sensor:
-        """An open sensor, independent of any other. `pids` belong to the measured work. Raises MeterError."""
+    def open(self, work: Work = ()) -> Sensor:
+        """An open sensor, independent of any other, that may tell `work` from the rest. Raises MeterError."""
         assert self.opener is not None, f"{self.name} does not work: {self.why}"
-        return self.opener(pids)
+        return once(self.name, self.opener, work, patience_s=OPEN_S)
 
 
 class Driver(ABC):
     """A family of sensors: knows how to look for them. It may look, but must not keep anything open."""
 
     name: str
+    covers: tuple[Component, ...] = ()
+    """What is missing from a total when it cannot even look."""
+    kin: str = ""
+    """Drivers of one kin read the same things by different roads: where one of them works, no other is missed."""
+    prompt: bool = False
+    """Whether it looks at the kernel's files only; others look on a thread of their own, as sensors are read."""
 
     @abstractmethod
     def find(self) -> list[Found]:
         """Every sensor of this kind that this machine has, or one entry that says why there is none."""
 
     def listed(
-        self, name: str, covers: tuple[Component, ...], why: str, opener: Callable[[tuple[int, ...]], Sensor] | None,
+        self, name: str, covers: tuple[Component, ...], why: str, opener: Callable[[Work], Sensor] | None,
         *, remedy: str = "", default: bool = True,
     ) -> Found:  # fmt: skip
         """The entry of a measuring sensor; without an `opener` it does not work."""

@@ -18,6 +18,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from perjoule.core.errors import MeterError
+from perjoule.devices.guard import told
+
 _VIRTUAL = ("veth", "docker", "br-", "virbr", "ifb", "tun", "tap", "dummy", "bond", "vxlan", "cni", "flannel")
 
 
@@ -50,7 +53,7 @@ class Traffic:
 
 
 def traffic(pids: Iterable[int] = ()) -> Traffic:
-    """The counters now, of this process, `pids` and their descendants."""
+    """The counters now, of this process, `pids` and their descendants. Raises MeterError where they are not shown."""
     import psutil
 
     read = written = unseen = 0
@@ -68,7 +71,10 @@ def traffic(pids: Iterable[int] = ()) -> Traffic:
             continue  # ended meanwhile: its parent has its bytes
         else:
             read, written = read + counters.read_bytes, written + counters.write_bytes
-    cards = psutil.net_io_counters(pernic=True) or {}
+    try:
+        cards = psutil.net_io_counters(pernic=True) or {}
+    except OSError as error:
+        raise MeterError(f"this system does not show what its network cards carry ({told(error)})") from error
     chosen = physical(cards)
     loop = [counters for name, counters in cards.items() if _loopback(name)]
     return Traffic(

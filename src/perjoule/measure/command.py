@@ -15,7 +15,9 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -23,8 +25,10 @@ from types import FrameType
 
 from perjoule.core.errors import BadInput, CommandFailed
 from perjoule.core.reading import Boundary, Reading
+from perjoule.devices.guard import told
 from perjoule.measure.meter import Meter
-from perjoule.measure.project import BEAT_S, Project
+from perjoule.measure.project import BEAT_S, Project, Recording
+from perjoule.measure.share import Kind
 from perjoule.measure.steady import Protocol, Steady, Versus, Work, steady, versus
 
 _FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGQUIT")
@@ -41,24 +45,76 @@ class Measured:
 
 
 def run(
-    command: Sequence[str], *, boundary: Boundary = "host", stdout: int | None = None, experiment: str = ""
+    command: Sequence[str],
+    *,
+    boundary: Boundary = "host",
+    stdout: int | None = None,
+    experiment: str = "",
+    share: Kind = "total",
+    cgroups: Sequence[str] = (),
+    idle_s: float = 0.0,
 ) -> Measured:
     """Run `command` to its end under a meter. `stdout`: a descriptor for its standard output instead of ours.
 
+    `share`: whose joules (perjoule.measure.share): of this command, or of `cgroups` while it runs; `idle_s`: how long
+    the quiet machine is measured before, for the idle power of counters.
+
     Where the folder belongs to a project with a ledger, the run is written there, under `experiment`.
-    Raises BadInput, before anything is measured, if there is no such command.
+    Raises BadInput, before anything is measured, if there is no such command; CommandFailed with the command's exit
+    code, after it has run, if it could not be measured.
     """
     check(command)
-    project = Project.found()
+    reading, trouble = None, ""
     with ExitStack() as stack:
         spawn = stack.enter_context(spawning(stdout))
-        recording = stack.enter_context(project.recording(shlex.join(command), experiment)) if project else None
-        meter = stack.enter_context(Meter(boundary=boundary, beat=recording.beat if recording else None, beat_s=BEAT_S))
+        recording = _recording(stack, shlex.join(command), experiment)
+        meter = Meter(
+            cgroups=cgroups, boundary=boundary, beat=recording.beat if recording else None, beat_s=BEAT_S
+        )  # fmt: skip
+        idle = None
+        stack.callback(_end, meter)
+        try:
+            meter.start()
+            begin = meter.mark()
+            if idle_s > 0:
+                time.sleep(idle_s)
+                quiet, begin = begin, meter.mark()
+                idle = meter.between(quiet, begin)
+        except BadInput:
+            raise
+        except Exception as error:  # noqa: BLE001 - the command runs, measured or not
+            trouble = told(error)
         code = spawn(command)
-        reading = meter.stop()
+        if not trouble:
+            try:
+                meter.stop()
+                reading = meter.share(share, begin, idle=idle)
+            except Exception as error:  # noqa: BLE001 - its exit code is worth more than our figure
+                trouble = told(error)
         if recording is not None:
             recording.reading, recording.exit_code = reading, code
+    if reading is None:
+        raise CommandFailed(f"the command ended with exit code {code}, but was not measured: {trouble}", code)
     return Measured(command=tuple(command), exit_code=code, reading=reading)
+
+
+def _end(meter: Meter) -> None:
+    """Whatever has become of the command."""
+    with suppress(Exception):
+        meter.stop()
+
+
+def _recording(stack: ExitStack, what: str, experiment: str) -> Recording | None:
+    """The run's entry in the project's ledger, where there is one that can be used."""
+    project = Project.found()
+    if project is None:
+        return None
+    try:
+        return stack.enter_context(project.recording(what, experiment))
+    except Exception as error:  # noqa: BLE001 - a damaged ledger does not keep the command from running
+        with suppress(OSError):
+            sys.stderr.write(f"perjoule: the ledger {project.path} cannot be used ({told(error)}); the run goes on\n")
+        return None
 
 
 def repeated(

@@ -41,7 +41,7 @@ def plain_kernels() -> Iterator[None]:
 
 
 def answers(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
-    """First outputs over all batches, concatenated along axis 0. Shapes after axis 0 must agree.
+    """First outputs over all batches, concatenated along axis 0, on the CPU. Shapes after axis 0 must agree.
 
     Raises WorkloadError for NaN or infinite answers, and for models that fail on their own inputs.
     """
@@ -49,7 +49,7 @@ def answers(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
     with torch.inference_mode(), plain_kernels():
         for number, batch in enumerate(batches):
             try:
-                found.append(answer(model, batch))
+                found.append(answer(model, batch).cpu())
             except (RuntimeError, TypeError, IndexError, ValueError) as error:
                 if isinstance(error, WorkloadError):
                     raise

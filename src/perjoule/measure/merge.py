@@ -31,8 +31,8 @@ from typing import Any
 from perjoule.core.codec import from_json
 from perjoule.core.errors import BadInput
 from perjoule.core.reading import Estimate, Part, Reading, worst
-from perjoule.measure.meter import CARRIED
 from perjoule.measure.ranks import HOST, VERSION
+from perjoule.measure.track import CARRIED
 
 EDGE_S = 0.1
 """Processes of one job do not start and end at once: gaps up to this widen the interval and are not carried on."""

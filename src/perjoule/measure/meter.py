@@ -22,7 +22,10 @@ against a wall meter (correction.py), host is what its two numbers make of the s
 
 Errors at the edges: a counter renewed every p seconds may be off by its power times p over a window; this widens
 the interval of every window, not its value. A sensor that fails on the way is carried on at its mean power, marked
-as modelled, with a note; when it comes back, its counter covers the gap.
+as modelled, with a note; when it comes back, its counter covers the gap (track.py).
+
+The measured program never dies of it: sensors' libraries may raise anything, hang or vanish (devices/guard.py); a
+forked child gets a meter that has ended; nothing is installed for signals or for the interpreter's end.
 
 Left out: other meters on the same machine see the same joules; energies of two processes that each measured the
 whole host must not be added.
@@ -35,22 +38,23 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from perjoule.core.errors import MeterError
-from perjoule.core.reading import Boundary, Estimate, How, Part, Reading, worst
+from perjoule.core.errors import MeterError, PerjouleError
+from perjoule.core.reading import Boundary, Estimate, Part, Reading, worst
 from perjoule.devices import choose, find
 from perjoule.devices.cpu_time import HostTime, TreeTime
+from perjoule.devices.guard import READ_S, told
 from perjoule.devices.remainder import Remainder, losses
-from perjoule.devices.sensor import Component, Found, Joules, Sensor
+from perjoule.devices.sensor import Component, Found, Joules, Sensor, Work
 from perjoule.measure.correction import Correction, stored
-
-CARRIED = (0.3, 2.0)
-"""Interval of energy carried on at mean power after a sensor failed, as factors on it."""
+from perjoule.measure.share import CROWDED, LOSSES, Kind, Use, share
+from perjoule.measure.track import Track, estimate, parts_of
 
 CROWD = 0.1
 """Others' share of the machine's CPU time from which a reading mentions it."""
@@ -74,49 +78,12 @@ class Mark:
     """The start of the meter that it belongs to."""
 
 
-class _Track:
-    """One sensor on its way through a session: survives failures."""
-
-    def __init__(self, sensor: Sensor) -> None:
-        self.sensor = sensor
-        self.total = tuple(Joules() for _ in sensor.terms)
-        self.failing = False
-        self.power_w = 0.0
-        self._good = self.total
-        self._good_s = math.nan
-        self._first_s = math.nan
-
-    def read(self, now_s: float) -> None:
-        try:
-            read = self.sensor.read(now_s)
-        except MeterError as error:
-            if math.isnan(self._first_s):
-                raise
-            if not self.failing:
-                self.sensor.note(f"{self.sensor.name} failed ({error}); its mean power is carried on")
-            self.failing = True
-            gap_s = now_s - self._good_s
-            known_s = self._good_s - self._first_s
-            rate = gap_s / known_s if known_s > 0 else 0.0
-            low, high = CARRIED
-            self.total = tuple(
-                g + Joules(g.value * rate, g.value * rate * low, g.value * rate * high) for g in self._good
-            )
-            return
-        if math.isnan(self._first_s):
-            self._first_s = now_s
-        elif now_s - self._good_s > self.sensor.period_s:
-            spent_j = sum(new.value - old.value for new, old in zip(read, self._good, strict=True))
-            self.power_w = spent_j / (now_s - self._good_s)
-        self.failing = False
-        self.total = self._good = read
-        self._good_s = now_s
-
-
 class Meter:
     """Measures energy from `start` to `stop`, or over a `with` block. Thread-safe; meters may nest and overlap.
 
-    `pids`: processes that do the measured work besides this one and its children (a server, a container).
+    `pids`: processes that do the measured work besides this one and its children (a server).
+    `cgroups`: control groups that do it instead of this process (a container, a systemd unit): paths, or names below
+    /sys/fs/cgroup.
     `boundary`: "host" for the whole machine, "device" for chips and memory without board and supply losses.
     `hertz`: how often the background thread reads.
     `sensors`: open sensors to use instead of the ones found; the meter closes them.
@@ -127,6 +94,7 @@ class Meter:
         self,
         *,
         pids: Iterable[int] = (),
+        cgroups: Iterable[str | os.PathLike[str]] = (),
         boundary: Boundary = "host",
         hertz: float = 1.0,
         sensors: Sequence[Sensor] | None = None,
@@ -137,17 +105,19 @@ class Meter:
             raise MeterError("no meter sees the facility; measure the host and multiply by the site's PUE")
         if not (math.isfinite(hertz) and 0 < hertz <= 100):
             raise MeterError(f"hertz {hertz:g}: give more than 0 and at most 100 readings per second")
-        self._pids = tuple(pids)
+        groups = (cgroups,) if isinstance(cgroups, str) else cgroups
+        self._work: Work = (*pids, *(os.fspath(group) for group in groups))
         self._boundary = boundary
         self._period_s = 1 / hertz
         self._given = sensors
         self._beat, self._beat_s = beat, beat_s if beat else math.inf
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may stop the meter in the middle of a mark
         self._session: object | None = None
-        self._tracks: list[_Track] = []
+        self._tracks: list[Track] = []
         self._failed: list[str] = []
         self._correction: Correction | None = None
         self._first: Mark | None = None
+        self._latest: Mark | None = None
         self._last: Mark | None = None
 
     # -- session -------------------------------------------------------------------------------------------------
@@ -175,19 +145,23 @@ class Meter:
             if self._session is not None:
                 raise MeterError("this meter is already running; use a second Meter to nest")
             self._failed = []
-            self._tree = TreeTime(self._pids)
+            self._tree = TreeTime(self._work)
             self._tracks = self._open()
             self._correct()
             self._host = HostTime()
             self._session, self._last = object(), None
             self._process = os.getpid()
             self._stopping = threading.Event()
-            self._error: Exception | None = None
             self._first = self._mark()
             self._thread: threading.Thread | None = None
             if min(self._gap_s(), self._beat_s) < math.inf:
-                self._thread = threading.Thread(target=self._watch, name="perjoule-meter", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._watch, name="perjoule-meter", daemon=True)
+                try:
+                    thread.start()
+                    self._thread = thread
+                except RuntimeError as error:  # no more threads, or the interpreter is going down
+                    self._failed.append(f"no background thread ({error}): sensors are read at marks only")
+            _running.add(self)
         return self
 
     def stop(self) -> Reading:
@@ -198,12 +172,13 @@ class Meter:
             if running:
                 self._stopping.set()
                 self._last = self._mark()
-        if running and self._process == os.getpid():
+        if running:
+            _running.discard(self)
             if self._thread is not None and self._thread is not threading.current_thread():
-                self._thread.join()
+                self._thread.join(READ_S)  # a beat may hang on a dead file system
             with self._lock:
                 for track in self._tracks:
-                    track.sensor.close()
+                    track.close()
                 self._host.close()
                 self._session = None
         return self.reading
@@ -217,10 +192,10 @@ class Meter:
         """Read every sensor now. Cheap; to be given to `between`."""
         self._finish_gpu_work()
         with self._lock:
+            if self._first is not None and self._process != os.getpid():
+                raise MeterError("this meter was started in another process; make a Meter in each forked process")
             if self._session is None or self._last is not None:
                 raise MeterError("the meter is not running; call mark() inside `with Meter() as meter:`")
-            if self._process != os.getpid():
-                raise MeterError("this meter was started in another process; make a Meter in each forked process")
             return self._mark()
 
     @property
@@ -239,15 +214,13 @@ class Meter:
             raise MeterError("these marks belong to another meter, or to an earlier run of this one")
         if b.time_s < a.time_s:
             raise MeterError("the second mark is older than the first; give them in order")
-        if self._error is not None:
-            raise self._error
         span_s = b.time_s - a.time_s
         parts: list[Part] = []
         edge_j = 0.0
         notes = list(self._failed)
         covered: set[Component] = set()
         for i, track in enumerate(self._tracks):
-            found, edge = _parts(track, a.joules[i], b.joules[i], b.failing[i], span_s)
+            found, edge = parts_of(track, a.joules[i], b.joules[i], b.failing[i], span_s)
             parts += found
             edge_j += edge
             notes += track.sensor.notes
@@ -260,8 +233,8 @@ class Meter:
         else:
             if self._boundary == "host" and any(isinstance(t.sensor, Remainder) for t in self._tracks):
                 lost = losses(_sum(parts))
-                parts.append(Part(name="supply losses", energy_j=_estimate(lost, "assumed", "typical supply losses")))
-            energy = _estimate(_sum(parts), worst(p.energy_j.how for p in parts), _sources(parts))
+                parts.append(Part(name=LOSSES, energy_j=estimate(lost, "assumed", "typical supply losses")))
+            energy = estimate(_sum(parts), worst(p.energy_j.how for p in parts), _sources(parts))
         if self._correction is not None and not corrected:
             notes.append("a sensor failed on the way, so the calibration is not used")
         if whole and self._boundary == "device":
@@ -275,13 +248,30 @@ class Meter:
             notes=tuple(dict.fromkeys(notes)),
         )
 
+    def share(
+        self, kind: Kind, a: Mark | None = None, b: Mark | None = None, *, idle: Reading | None = None
+    ) -> Reading:
+        """Of the reading, or of the window from `a` to `b`: what is above idle, or allocated (perjoule.measure.share).
+
+        `idle`: a reading of the quiet machine by the same sensors; without it the idle power of counters is assumed.
+        """
+        a, b = a or self._first, b or self._last or self.mark()
+        if a is None:
+            raise MeterError("nothing has been measured yet; use `with Meter() as meter:`")
+        use = Use(
+            own_s=b.tree_s - a.tree_s, busy_s=b.host_s - a.host_s, cpus=self._host.cpus, time_s=b.time_s - a.time_s,
+            grain_s=self._host.grain_s,
+        )  # fmt: skip
+        covers = {term: t.sensor.covers for t in self._tracks for term in t.sensor.terms}
+        return share(self.between(a, b), kind, use, covers, idle)
+
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _open(self) -> list[_Track]:
+    def _open(self) -> list[Track]:
         """Tracks of the sensors to use, each read once; what cannot be opened is noted and replaced."""
         if self._given is not None:
             try:
-                return [_begin(s) for s in self._given]
+                return [Track(s, time.monotonic()) for s in self._given]
             except MeterError:
                 for sensor in self._given:
                     sensor.close()
@@ -289,21 +279,21 @@ class Meter:
         known: list[Found] = find()
         self._failed += [_unmeasured(f) for f in known if not f.works and f.covers]
         while True:
-            opened: list[_Track] = []
+            opened: list[Track] = []
             for found in choose(known):
                 try:
-                    opened.append(_begin(found.open(self._pids)))
-                except MeterError as error:
+                    opened.append(Track(found.open(self._work), time.monotonic()))
+                except PerjouleError as error:
                     self._failed.append(f"{found.name} could not be opened: {error}")
                     known = [f for f in known if f is not found]
                     break
             else:
                 break
             for track in opened:
-                track.sensor.close()
+                track.close()
         wanted: set[Component] = {"memory", "board"} if self._boundary == "host" else {"memory"}
         missing = frozenset(wanted.difference(*(t.sensor.covers for t in opened)))
-        return [*opened, _begin(Remainder(missing))] if missing else opened
+        return [*opened, Track(Remainder(missing), time.monotonic())] if missing else opened
 
     def _correct(self) -> None:
         """Take the machine's calibration, where there is one for these sensors."""
@@ -317,7 +307,7 @@ class Meter:
         now_s = time.monotonic()
         for track in self._tracks:
             track.read(now_s)
-        return Mark(
+        self._latest = Mark(
             now_s,
             tuple(t.total for t in self._tracks),
             tuple(t.failing for t in self._tracks),
@@ -325,14 +315,16 @@ class Meter:
             self._host.busy_s(),
             self._session,
         )
+        return self._latest
 
     def _finish_gpu_work(self) -> None:
         """Kernels are launched asynchronously: wait for those of this process, if torch has any running."""
         torch = sys.modules.get("torch")
         if torch is None or not any("gpu" in t.sensor.covers for t in self._tracks):
             return
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        with suppress(AttributeError, RuntimeError):  # half imported; broken by a kernel, which torch will say again
+            if torch.cuda.is_available() and torch.cuda.is_initialized():
+                torch.cuda.synchronize()
 
     def _gap_s(self) -> float:
         """How long the most demanding sensor may be left alone; a sensor may come to demand more."""
@@ -352,8 +344,8 @@ class Meter:
                     mark = self._mark() if due else None
                     for track in () if due else self._tracks:
                         track.read(now_s)
-                except Exception as error:  # noqa: BLE001 - a thread has nobody to tell; `between` raises it
-                    self._error = error
+                except Exception as error:  # noqa: BLE001 - the program must not die of being measured
+                    self._failed.append(f"the background thread ended: {told(error)}")
                     return
             if mark is not None and self._beat is not None:
                 beaten_s = mark.time_s
@@ -367,44 +359,32 @@ class Meter:
         others_s = busy_s - tree_s
         if span_s < 1.0 or others_s < CROWD * cpus * span_s:
             return []
-        return [f"other processes used {others_s / span_s:.1f} of {cpus} CPUs meanwhile; their energy is in the total"]
+        return [f"other processes used {others_s / span_s:.1f} of {cpus} CPUs meanwhile; {CROWDED}"]
 
 
-def _begin(sensor: Sensor) -> _Track:
-    track = _Track(sensor)
-    try:
-        track.read(time.monotonic())
-    except MeterError:
-        sensor.close()
-        raise
-    return track
+_running: weakref.WeakSet[Meter] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """In a forked child: its copies of the parent's meters have ended with their latest mark.
+
+    The thread that reads them and perhaps held their lock is not in the child, and the sensors are the parent's.
+    """
+    for meter in list(_running):
+        meter._lock = threading.RLock()
+        meter._thread, meter._session = None, None
+        meter._last = meter._latest
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _unmeasured(found: Found) -> str:
     """What a missing sensor means for the figure."""
     text = f"{found.name}: {found.why}"
     return f"{text}; GPU energy is not in the total" if "gpu" in found.covers else text
-
-
-def _parts(
-    track: _Track, a: tuple[Joules, ...], b: tuple[Joules, ...], failing: bool, span_s: float
-) -> tuple[list[Part], float]:
-    """The parts of one sensor over a window, and the error of its edges, which is in their intervals."""
-    sensor = track.sensor
-    how: How = worst((sensor.how, "modelled")) if failing else sensor.how
-    spent = [later.since(earlier) for earlier, later in zip(a, b, strict=True)]
-    total = sum(j.value for j in spent)
-    edge_j = sensor.period_s * max(track.power_w, total / span_s if span_s > 0 else 0.0)
-    found = []
-    for name, joules in zip(sensor.terms, spent, strict=True):
-        edge = edge_j * (joules.value / total if total > 0 else 1 / len(spent))
-        wider = Joules(joules.value, max(joules.low - edge, 0.0), joules.high + edge)
-        found.append(Part(name=name, energy_j=_estimate(wider, how, sensor.source)))
-    return found, edge_j
-
-
-def _estimate(joules: Joules, how: How, source: str) -> Estimate:
-    return Estimate(value=joules.value, low=joules.low, high=joules.high, how=how, source=source)
 
 
 def _sum(parts: Sequence[Part]) -> Joules:

@@ -23,7 +23,7 @@ import os
 import platform
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -311,13 +311,19 @@ class Recording:
 
 
 @contextlib.contextmanager
-def recorded(what: str, experiment: str = "") -> Iterator[None]:
-    """Measure the block and put it into the project's ledger; where there is none, nothing is done."""
+def recorded(what: str, experiment: str = "", pids: Iterable[int] = ()) -> Iterator[None]:
+    """Measure the block and put it into the project's ledger; where there is none, nothing is done.
+
+    `pids`: processes that do the measured work besides this one and its children.
+    """
     project = Project.found()
     if project is None:
         yield
         return
-    with project.recording(what, experiment) as recording, Meter(beat=recording.beat, beat_s=BEAT_S) as meter:
+    with (
+        project.recording(what, experiment) as recording,
+        Meter(pids=pids, beat=recording.beat, beat_s=BEAT_S) as meter,
+    ):
         try:
             yield
         finally:

@@ -1,0 +1,248 @@
+"""AMD GPUs through AMD SMI, where the kernel's hwmon shows none: a card's energy counter, once it has proved itself.
+
+    counter   amdsmi_get_energy_count: energy_accumulator (`power` before 6.2.1) x counter_resolution, microjoules,
+              15.3 a count on Instinct cards; 64 bits
+    power     amdsmi_get_power_info: current_, else average_, else socket_power, watts; read ten times a second
+              and integrated by trapezoids
+
+The counters of early MI100 drivers and of some consumer cards are wrong by orders of magnitude, and a virtual machine's
+guest has none. So a sensor begins with power, and goes over to the counter after CHECK_S if the two agree to within
+AGREE; if they do not, a note says so and power stays. Nothing is waited for at the start, and nothing flows back.
+
+A card without power is named as not measured, never counted as zero. Of a card with two dies (MI250) the first
+counts both and the second reports nothing; it is listed, and nothing is missing.
+
+Accuracy: AMD states none; 5 % for the counter and 10 % for integrated power are taken, as for hwmon's figures.
+Which cards: those that ROCR_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES lists by number, else all.
+
+DRIVERS puts this behind hwmon, and a component is taken by one driver, so a card is never counted by both. The library
+prints to standard output when its shared object is missing, so that is looked for before it is imported.
+Source   AMD SMI Python API 7.0 (amdsmi_interface), https://github.com/ROCm/amdsmi/issues/38 (wrong counters).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from perjoule.core.errors import MeterError
+from perjoule.devices.guard import told
+from perjoule.devices.sensor import Driver, Found, Joules, Sensor
+
+_J_PER_UJ = 1e-6
+_TRACES = ("/sys/module/amdgpu", "/dev/kfd")
+"""Where the kernel's driver shows itself."""
+
+POLL_S = 0.1
+CHECK_S = 2.0
+"""Time after which the counter is judged by the power."""
+AGREE = 1.5
+"""Counter over integrated power, or the other way round: more is no error of reading, but another quantity."""
+FROZEN_S = 5.0
+ABSURD_W = 10_000
+"""65535 is one library's way to say that it does not know."""
+
+
+class AmdSmiGpu(Sensor):
+    """One card."""
+
+    how = "measured"
+    covers = frozenset({"gpu"})
+    period_s = 0.1
+    max_gap_s = POLL_S
+    _open = False
+
+    def __init__(self, library: Any, index: int) -> None:
+        super().__init__()
+        self._smi = library
+        self.name = f"amd gpu {index}"
+        self.terms = (self.name,)
+        self.source = f"{self.name} power, integrated"
+        self._total = Joules()
+        self._counts = False
+        self._first_j = self._first_s = self._last_j = self._last_w = self._last_s = self._moved_s = math.nan
+        self._ask(library.amdsmi_init)
+        self._open = True
+        try:
+            handles = self._ask(library.amdsmi_get_processor_handles)
+            if index >= len(handles):
+                raise MeterError(f"{self.name} has vanished")
+            self._handle = handles[index]
+            self._power_w()
+            self._judged = not self._has_counter()
+        except MeterError:
+            self.close()
+            raise
+
+    def read(self, now_s: float) -> tuple[Joules, ...]:
+        if not now_s <= self._last_s:  # also the first time, when there is no last
+            self._total += self._counted(now_s) if self._counts else self._integrated(now_s)
+            if not self._judged:
+                self._judge(now_s)
+            self._last_s = now_s
+        return (self._total,)
+
+    def _integrated(self, now_s: float) -> Joules:
+        before_w, self._last_w = self._last_w, self._power_w()
+        if math.isnan(before_w):
+            return Joules()
+        span_s = now_s - self._last_s
+        return Joules.within((before_w + self._last_w) / 2 * span_s, 0.10 if span_s <= 3 * POLL_S else 0.5)
+
+    def _counted(self, now_s: float) -> Joules:
+        before_j, self._last_j = self._last_j, self._counter_j()
+        step_j = self._last_j - before_j
+        if step_j < 0:
+            self.note(f"{self.name}: the counter was reset; energy before the reset, up to one reading, is missing")
+            return Joules(self._last_j, self._last_j, self._last_j + self._power_w() * (now_s - self._last_s))
+        if step_j > 0:
+            self._moved_s = now_s
+        elif now_s - self._moved_s > FROZEN_S:
+            self._counts, self.max_gap_s, self.source = False, POLL_S, f"{self.name} power, integrated"
+            self.note(f"{self.name}: the energy counter stands still, so its power is integrated instead")
+            self._last_w = self._power_w()
+            return Joules.within(self._last_w * (now_s - self._moved_s), 0.5)
+        return Joules.within(step_j, 0.05)
+
+    def _judge(self, now_s: float) -> None:
+        """Go over to the counter, if it has counted since the first reading what the power says."""
+        counter_j = self._counter_j()
+        if math.isnan(self._first_j):
+            self._first_j, self._first_s = counter_j, now_s
+        elif now_s - self._first_s >= CHECK_S:
+            self._judged = True
+            ratio = (counter_j - self._first_j) / self._total.value
+            if 1 / AGREE <= ratio <= AGREE:
+                self._counts, self._last_j, self._moved_s = True, counter_j, now_s
+                self.max_gap_s, self.source = math.inf, f"{self.name} energy counter"
+            else:
+                self.note(f"{self.name}: the energy counter says {ratio:.3g} times what its power does; it is not used")
+
+    def _has_counter(self) -> bool:
+        try:
+            return self._counter_j() > 0
+        except MeterError:
+            return False
+
+    def _counter_j(self) -> float:
+        answer = self._ask(self._smi.amdsmi_get_energy_count, self._handle)
+        counts = answer["energy_accumulator"] if "energy_accumulator" in answer else answer["power"]
+        return float(counts) * float(answer["counter_resolution"]) * _J_PER_UJ
+
+    def _power_w(self) -> float:
+        """Watts now; MeterError where the card does not say, or says zero."""
+        answer = self._ask(self._smi.amdsmi_get_power_info, self._handle)
+        for key in ("current_socket_power", "average_socket_power", "socket_power"):
+            watts = answer.get(key)  # "N/A" where the card does not know it
+            if isinstance(watts, int | float) and 0 < watts < ABSURD_W:
+                return float(watts)
+        raise MeterError(f"{self.name} reports no power")
+
+    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except self._smi.AmdSmiException as error:
+            raise MeterError(f"AMD SMI: {told(error)}") from error
+
+    def close(self) -> None:
+        if self._open:
+            self._open = False
+            with contextlib.suppress(self._smi.AmdSmiException):
+                self._smi.amdsmi_shut_down()
+
+
+class AmdSmiDriver(Driver):
+    """Finds the cards. `library` and `present` are for tests."""
+
+    name = "amd smi"
+    kin = "amd"
+    covers = ("gpu",)
+
+    def __init__(self, library: Any = None, *, present: bool | None = None) -> None:
+        self._library, self._present = library, present
+
+    def find(self) -> list[Found]:
+        present = self._present if self._present is not None else any(Path(p).exists() for p in _TRACES)
+        if not present:
+            return [self.absent("no AMD GPU driver on this machine")]
+        smi = self._library
+        if smi is None:
+            if importlib.util.find_spec("amdsmi") is None:
+                return [self.absent("an AMD driver is here, but amdsmi is not", "pip install 'perjoule[amd]'")]
+            if not _shared_object():
+                return [
+                    self.absent(
+                        "amdsmi is here, but libamd_smi.so is not found",
+                        "install amd-smi-lib; where ROCm is no place of the system, set ROCM_PATH to it",
+                    )
+                ]
+            smi = importlib.import_module("amdsmi")
+        try:
+            smi.amdsmi_init()
+        except smi.AmdSmiException as error:
+            return [self.listed(self.name, self.covers, f"AMD SMI: {told(error)}", None, remedy=_remedy(error))]
+        try:
+            handles = smi.amdsmi_get_processor_handles()
+            return [self._gpu(smi, i, handle) for i, handle in enumerate(handles)] or [
+                self.absent("the AMD driver sees no GPU")
+            ]
+        except smi.AmdSmiException as error:
+            return [self.listed(self.name, self.covers, f"AMD SMI: {told(error)}", None, remedy=_remedy(error))]
+        finally:
+            smi.amdsmi_shut_down()
+
+    def _gpu(self, smi: Any, index: int, handle: Any) -> Found:
+        name, label = f"amd gpu {index}", f"gpu {index}"
+        with contextlib.suppress(smi.AmdSmiException, KeyError, TypeError):
+            label = str(smi.amdsmi_get_gpu_asic_info(handle)["market_name"])
+        try:
+            AmdSmiGpu(smi, index).close()
+        except MeterError as error:
+            if "MI2" in label and index % 2:
+                return self.listed(name, (), f"{label}: the second die of a card; the first counts both", None)
+            return self.listed(name, self.covers, f"{label}: {error}", None, remedy=_remedy(error))
+        default = _visible(index)
+        why = f"{label}: power, and the energy counter once it agrees with it"
+        why += "" if default else "; not in ROCR_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES, so not added"
+        return self.listed(name, self.covers, why, lambda pids: AmdSmiGpu(smi, index), default=default)
+
+
+def _shared_object() -> bool:
+    """Whether the library's own search will find it; it prints when it does not."""
+    import ctypes
+
+    folders = [os.environ.get("ROCM_HOME"), os.environ.get("ROCM_PATH")]
+    spec = importlib.util.find_spec("amdsmi")
+    paths = [Path(folder) / "lib" / "libamd_smi.so" for folder in folders if folder]
+    paths += [Path(spec.origin).parent / "libamd_smi.so"] if spec is not None and spec.origin else []
+    if any(path.exists() for path in paths):
+        return True
+    try:
+        ctypes.CDLL("libamd_smi.so")
+    except OSError:
+        return False
+    return True
+
+
+def _visible(index: int) -> bool:
+    """Whether this process may use the card; names other than numbers do not tell, so count it."""
+    for variable in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        listed = [item.strip() for item in os.environ.get(variable, "").split(",") if item.strip()]
+        if listed and all(item.isdigit() for item in listed) and str(index) not in listed:
+            return False
+    return True
+
+
+def _remedy(error: Exception) -> str:
+    text = str(error).upper()
+    if "PERM" in text:
+        return "sudo usermod -aG render,video $USER   (then log in again)"
+    if "NO POWER" in text or "SUPPORT" in text:
+        return "measure on the host: a virtual machine's guest has no sensors"
+    return "amd-smi should say more"
