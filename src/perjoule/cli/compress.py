@@ -1,10 +1,15 @@
-"""`perjoule compress DIR`: a checkpoint of any size into a smaller folder, block by block."""
+"""`perjoule compress DIR`: a checkpoint of any size into a smaller folder, block by block.
+
+Over N processes with `torchrun --nproc-per-node N -m perjoule compress DIR ...`; rank 0 speaks for all.
+"""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,12 +18,14 @@ import typer
 
 from perjoule.cli.face import JsonFlag, emit, say
 from perjoule.core.errors import BadInput, ConfigError, UnknownName
+from perjoule.core.progress import Progress, Silent
 from perjoule.core.record import Recipe
 from perjoule.core.units import duration, size
 
 if TYPE_CHECKING:
     from perjoule.compress.checkpoint.preflight import Preflight
     from perjoule.compress.checkpoint.run import Job, Outcome
+    from perjoule.train.spread import Spread
 
 DTYPES = ("float32", "float16", "bfloat16")
 LISTED = 6
@@ -64,28 +71,29 @@ def compress(
     """Compress a checkpoint of any size, block by block; or judge one, or write a compressed one out densely."""
     if window < 2 or windows < 1:
         raise BadInput(f"--window {window}, --windows {windows}: give windows of 2 tokens or more, at least one")
-    if expand is not None:
-        result = Compressed(expanded_bytes=_expanded(folder, expand, dtype))
-    elif recipe is None and method is None:
-        if evaluate is None:
-            raise BadInput("give --recipe FILE or --method NAME; perjoule methods lists forms, saliencies and fits")
-        result = Compressed(perplexity=_judged([folder], folder, evaluate, window))
-    else:
-        target = out or Path("runs") / f"{folder.resolve().name}-compressed"
-        what = _recipe(folder, recipe, method, {"bits": bits, "group": group}, field or [], tuple(sites or ()), seed)
-        work = _job(folder, what, calibration, window, windows, spill)
-        needs = work.preflight(target)
-        _announce(work, needs)
-        needs.refuse(target)
-        done = None
-        if not dry_run:
-            from perjoule.measure.project import recorded
+    from perjoule.train.spread import launched
 
-            with recorded(shlex.join(["perjoule", *sys.argv[1:]])):
-                done = _run(work, target, resume)
-        judged = _judged([folder, target], folder, evaluate, window) if evaluate and done else None
-        result = Compressed(preflight=needs, outcome=done, perplexity=judged)
-    emit(result, as_json, lambda console: _show(console, result))
+    asked = {"bits": bits, "group": group}
+    with launched() as spread:
+        if expand is not None:
+            result = Compressed(expanded_bytes=_expanded(folder, expand, dtype, spread))
+        elif recipe is None and method is None:
+            if evaluate is None:
+                raise BadInput("give --recipe FILE or --method NAME; perjoule methods lists forms, saliencies and fits")
+            result = Compressed(perplexity=_judged([folder], folder, evaluate, window, spread))
+        else:
+            target = out or Path("runs") / f"{folder.resolve().name}-compressed"
+            what = _recipe(folder, recipe, method, asked, field or [], tuple(sites or ()), seed)
+            work = _job(folder, what, calibration, window, windows, spill)
+            needs = work.preflight(target, spread=spread)
+            if spread.first:
+                _announce(work, needs)
+            needs.refuse(target)
+            done = None if dry_run else _run(work, target, resume, spread)
+            judged = _judged([folder, target], folder, evaluate, window, spread) if evaluate and done else None
+            result = Compressed(preflight=needs, outcome=done, perplexity=judged)
+        if spread.first:
+            emit(result, as_json, lambda console: _show(console, result))
 
 
 def _recipe(
@@ -132,17 +140,31 @@ def _job(folder: Path, recipe: Recipe, calibration: str | None, window: int, cou
     return job(folder, recipe, stack=lambda plain: stack(folder, plain), tokens_NL=tokens, spill=spill)
 
 
-def _run(work: Job, out: Path, resume: bool) -> Outcome:
+@contextmanager
+def _bars(spread: Spread) -> Iterator[Progress]:
+    """Bars, on rank 0."""
     from perjoule.cli.optimize import bars
+
+    if spread.first:
+        with bars() as progress:
+            yield progress
+    else:
+        yield Silent()
+
+
+def _run(work: Job, out: Path, resume: bool, spread: Spread) -> Outcome:
     from perjoule.compress.checkpoint.run import run
+    from perjoule.measure.project import recorded
 
-    with bars() as progress:
-        return run(work, out, resume=resume, progress=progress)
+    with ExitStack() as stack:
+        if spread.first:  # one meter, which knows all processes of this machine as the job's own
+            stack.enter_context(recorded(shlex.join(["perjoule", *sys.argv[1:]]), pids=spread.here))
+        progress = stack.enter_context(_bars(spread))
+        return run(work, out, resume=resume, progress=progress, spread=spread)
 
 
-def _judged(folders: list[Path], configured: Path, tokens: str, window: int) -> dict[str, float]:
+def _judged(folders: list[Path], configured: Path, tokens: str, window: int, spread: Spread) -> dict[str, float]:
     """Perplexity of each folder; `configured` has the model's configuration."""
-    from perjoule.cli.optimize import bars
     from perjoule.compress.checkpoint.evaluate import perplexity
     from perjoule.compress.checkpoint.folder import Folder, Plain, finished
     from perjoule.doors.streamed import stack, windows
@@ -151,12 +173,14 @@ def _judged(folders: list[Path], configured: Path, tokens: str, window: int) -> 
     ids_NL = windows(tokens, window, None)
     for folder in folders:
         weights = Folder(folder) if finished(folder) else Plain(folder)
-        with bars() as progress:
-            found[str(folder)] = perplexity(stack(configured, weights), weights, ids_NL, progress=progress)
+        with _bars(spread) as progress:
+            model = stack(configured, weights)
+            found[str(folder)] = perplexity(model, weights, ids_NL, progress=progress, spread=spread)
     return found
 
 
-def _expanded(folder: Path, out: Path, dtype: str | None) -> int:
+def _expanded(folder: Path, out: Path, dtype: str | None, spread: Spread) -> int:
+    """Written by rank 0 while the others wait."""
     import torch
 
     from perjoule.compress.checkpoint.folder import expand, writable
@@ -164,7 +188,8 @@ def _expanded(folder: Path, out: Path, dtype: str | None) -> int:
     if dtype is not None and dtype not in DTYPES:
         raise UnknownName.of("dtype", dtype, DTYPES)
     writable(out)
-    return expand(folder, out, getattr(torch, dtype) if dtype else None)
+    written = expand(folder, out, getattr(torch, dtype) if dtype else None) if spread.first else 0
+    return int(spread.share(written))
 
 
 def _announce(work: Job, needs: Preflight) -> None:
@@ -174,7 +199,8 @@ def _announce(work: Job, needs: Preflight) -> None:
     say(f"read      {size(needs.read_bytes)}: {needs.treated} matrices of {needs.weights:,} weights become smaller, "
         f"{needs.untreated} tensors stay")  # fmt: skip
     say(f"write     {size(needs.write_bytes)}, of {size(needs.free_disk_bytes)} free")
-    say(f"memory    {size(needs.memory_bytes)} at most{hidden}, of {size(needs.free_memory_bytes)} free; "
+    many = f" in each of {needs.processes} processes, {size(needs.together_bytes)} together" * (needs.processes > 1)
+    say(f"memory    {size(needs.memory_bytes)} at most{hidden}{many}, of {size(needs.free_memory_bytes)} free; "
         f"the largest block has {size(needs.largest_block_bytes)}")  # fmt: skip
     say(f"time      about {duration(needs.seconds)}, from a small timed piece")
     reasons: dict[str, list[str]] = {}

@@ -15,6 +15,7 @@
     ├── DiskFull                          writing failed; the last good state is still there
     ├── MeterError                        a sensor that vanished or lies
     ├── CommandFailed                     a command that was to be measured several times ended badly
+    ├── ProcessLost                   one of several processes that work together has ended
     └── MissingExtra (also ImportError)   an optional library is not installed
 
 A message says what was given, what is allowed and what to do. The command line prints it as one line and
@@ -102,6 +103,10 @@ class CommandFailed(PerjouleError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class ProcessLost(PerjouleError):
+    """A process of the job has ended, and the others cannot go on without it."""
 
 
 class MissingExtra(PerjouleError, ImportError):

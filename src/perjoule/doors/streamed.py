@@ -11,12 +11,15 @@ Shapes   N windows, L tokens.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from perjoule.compress.checkpoint.choice import Place
 from perjoule.compress.checkpoint.folder import Folder, Plain
 from perjoule.compress.checkpoint.stack import Stack
 from perjoule.compress.checkpoint.tensors import headed
@@ -31,7 +34,49 @@ def stack(folder: Path, weights: Plain | Folder) -> Stack:
     """The model that `folder`/config.json describes. Raises BadInput where it and the weights do not go together."""
     fields = read(folder).fields
     model = build(fields, str(folder), "float32")
-    return Stack(model, refill(model), weights)
+    names = weights.held if isinstance(weights, Plain) else weights.entries
+    return Stack(model, refill(model), weights, places(model, names))
+
+
+def places(model: Any, names: Iterable[str]) -> dict[str, Place]:
+    """Where the checkpoint's tensors lie in the model, as the library says, where names or stacks differ.
+
+    Empty where all names agree, and where the library would do more than rename, stack and join.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        Concatenate,
+        MergeModulelist,
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    state, names = model.state_dict(), list(names)
+    if not set(names) - set(state):
+        return {}
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    found: dict[str, Place] = {}
+    for name in names:
+        weight, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is None:
+            if weight != name and weight in state:
+                found[name] = Place(weight=weight)
+            continue
+        made = next(c for c in converters if pattern in c.source_patterns)
+        kinds = [(type(o), o.dim) for o in made.operations if isinstance(o, MergeModulelist | Concatenate)]
+        number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+        if (
+            kinds not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+            or number is None
+            or len(kinds) != len(made.operations)
+        ):
+            return {}
+        part, parts = made.source_patterns.index(pattern), len(made.source_patterns)
+        found[name] = Place(weight=weight, expert=int(number[1]), part=part, parts=parts)
+    return found
 
 
 def refill(model: Any) -> Any:

@@ -41,6 +41,18 @@ NUMBERED = re.compile(r"^(.*?\.\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a tensor of the checkpoint lies in the model, under whatever name."""
+
+    weight: str
+    expert: int | None = None
+    """Of a stack (E, O, I)."""
+    part: int = 0
+    parts: int = 1
+    """Rows of an expert that several tensors share: gate, then up."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chosen:
     """What one tensor becomes."""
 
@@ -50,10 +62,23 @@ class Chosen:
     form: Form
     saliency: str
     fit: str
+    turned: bool = False
+    """The checkpoint holds its transpose; see inputs.py."""
+    experts: int = 0
+    """Matrices of a stack, each fitted under its own inputs."""
+    expert: int | None = None
+    """The one of them that this is."""
+    place: tuple[str, int | None] | None = None
+    """The model's own weight that it is or lies in, and which expert of it, where the checkpoint has other names."""
+
+    @property
+    def key(self) -> str:
+        """The tensor, or the expert in it."""
+        return self.tensor if self.expert is None else f"{self.tensor}[{self.expert}]"
 
     @property
     def site(self) -> str:
-        return self.tensor.removesuffix(".weight")
+        return self.key.removesuffix(".weight")
 
     @property
     def nbytes(self) -> int:

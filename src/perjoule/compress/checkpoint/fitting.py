@@ -17,6 +17,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from perjoule.compress.apply import metric_for
 from perjoule.compress.checkpoint.choice import Chosen
+from perjoule.compress.checkpoint.inputs import matrix_of
 from perjoule.compress.checkpoint.stored import joined, split
 from perjoule.compress.checkpoint.tensors import Held
 from perjoule.compress.fit import FITS
@@ -34,8 +35,8 @@ def site_of(what: Chosen) -> Site:
     return Site(name=what.site, kind="linear", layer="Linear", parameters=("weight",), shapes=(what.shape,))
 
 
-def blind(what: Chosen, held: Held, seed: int) -> dict[str, Tensor]:
-    """What a tensor stores, fitted without data."""
+def blind(what: Chosen, held: Held, seed: int) -> Packed:
+    """A tensor, fitted without data."""
     rows, columns = what.shape
     apart = what.form.rows_apart and what.saliency == "identity" and len(held.shape) == 2
     portion = max(1, PORTION // columns) if apart else rows
@@ -43,7 +44,7 @@ def blind(what: Chosen, held: Held, seed: int) -> dict[str, Tensor]:
     for start in range(0, rows, portion):
         w = held.read(slice(start, start + portion)) if apart else held.read().reshape(what.shape)
         parts.append(_fitted([what], w.float(), None, seed))
-    return joined(parts).tensors()
+    return joined(parts)
 
 
 def seeing(whats: Sequence[Chosen], held: Mapping[str, Held], stats: Statistics | None, seed: int) -> list[Packed]:
@@ -54,12 +55,12 @@ def seeing(whats: Sequence[Chosen], held: Mapping[str, Held], stats: Statistics 
         together.setdefault(alike, []).append(what)
     found: dict[str, Packed] = {}
     for group in together.values():
-        w_OI = torch.cat([held[w.tensor].read().reshape(w.shape).float() for w in group])
+        w_OI = torch.cat([matrix_of(w, held[w.tensor]).float() for w in group])
         packed = _fitted(group, w_OI, stats or _unseen(group[0]), seed)
         del w_OI
         sizes = [w.shape[0] for w in group]
-        found |= {w.tensor: p for w, p in zip(group, split(packed, sizes), strict=True)}
-    return [found[w.tensor] for w in whats]
+        found |= {w.key: p for w, p in zip(group, split(packed, sizes), strict=True)}
+    return [found[w.key] for w in whats]
 
 
 def _stackable(a: Chosen, b: Chosen) -> bool:

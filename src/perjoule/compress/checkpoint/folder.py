@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from perjoule.compress.checkpoint.inputs import as_stored
 from perjoule.compress.checkpoint.stored import restored
 from perjoule.compress.checkpoint.tensors import CODES, Held, headed, opened, write
 from perjoule.compress.forms import FORMS, Form, Packed
@@ -67,6 +68,8 @@ class Entry:
     """As the original's file wrote it: "BF16"."""
     form: Form | None
     matrix: tuple[int, int]
+    turned: bool
+    """The matrix is the transpose of what the tensor holds."""
     parts: Mapping[str, Held]
     """What is stored; {"": ...} for a tensor as it was."""
 
@@ -99,7 +102,11 @@ class Folder:
 
     def dense(self, name: str) -> Tensor:
         entry = self.entries[name]
-        return _single(entry.parts[""].read()) if entry.form is None else entry.packed().dense().reshape(entry.shape)
+        return (
+            _single(entry.parts[""].read())
+            if entry.form is None
+            else as_stored(entry.packed().dense(), entry.shape, turned=entry.turned)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -219,7 +226,8 @@ def _entry(name: str, about: Mapping[str, Any], stored: Mapping[str, Mapping[str
     shape = tuple(int(n) for n in about["shape"])
     if form is not None and rows * columns != torch.Size(shape).numel():
         raise BadInput(f"'{name}': {rows} x {columns} is not {shape}")
-    return Entry(shape=shape, dtype=str(about["dtype"]), form=form, matrix=(rows, columns), parts=parts)
+    turned = bool(about.get("turned", False))
+    return Entry(shape=shape, dtype=str(about["dtype"]), form=form, matrix=(rows, columns), turned=turned, parts=parts)
 
 
 def _single(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Bytes are exact but for the headers of the parts. Memory is counted from the sizes of what is held at once, with the
 program itself; time comes from a small timed piece: a fit, and for calibrated methods a matrix product, scaled by the
 operations of the whole. It is an estimate within a factor of two or so, more where the machine is shared.
+Over several processes memory is that of one, and what those of one machine need together must be free.
 
 Shapes   O outputs, I inputs.
 """
@@ -24,7 +25,9 @@ from perjoule.compress.checkpoint.stack import Stack
 from perjoule.compress.checkpoint.tensors import Held
 from perjoule.compress.checkpoint.walk import TOKENS
 from perjoule.compress.saliency import Statistics
+from perjoule.core.codec import from_json, to_json
 from perjoule.core.errors import CannotFit
+from perjoule.train.spread import Spread
 
 RECORD_BYTES = 600
 """Of header and record for a tensor, about."""
@@ -57,23 +60,33 @@ class Preflight:
     memory_bytes: int
     """Peak, with the program itself."""
     activation_bytes: int
-    """Hidden states of all calibration windows."""
+    """Hidden states of all calibration windows of a process."""
     spilled: bool
     seconds: float
     free_memory_bytes: int
     free_disk_bytes: int
+    processes: int = 1
+    """That share this machine's memory; each needs `memory_bytes`."""
+
+    @property
+    def together_bytes(self) -> int:
+        """Memory that all processes of this machine need."""
+        return self.memory_bytes * self.processes
 
     def refuse(self, out: Path) -> None:
         """Raise CannotFit if memory or disk cannot hold it."""
-        disk = self.write_bytes + (self.activation_bytes if self.spilled else 0)
+        disk = self.write_bytes + (self.activation_bytes * self.processes if self.spilled else 0)
         if disk * SLACK > self.free_disk_bytes:
             raise CannotFit(f"{out}: {_size(disk)} will be written and {_size(self.free_disk_bytes)} are free; "
                             "free some space, or choose another --out")  # fmt: skip
-        if self.memory_bytes * SLACK > self.free_memory_bytes:
+        if self.together_bytes * SLACK > self.free_memory_bytes:
             way = "use fewer windows" if self.spilled else "add --spill, or use fewer windows"
             what = way if self.activation_bytes else "the largest tensor does not fit beside its codes; use more memory"
-            raise CannotFit(f"{_size(self.memory_bytes)} of memory are needed and {_size(self.free_memory_bytes)} are "
-                            f"free; {what}")  # fmt: skip
+            if self.memory_bytes * SLACK <= self.free_memory_bytes:
+                what = "use fewer processes"
+            many = f" by {self.processes} processes of {_size(self.memory_bytes)}" if self.processes > 1 else ""
+            raise CannotFit(f"{_size(self.together_bytes)} of memory are needed{many} and "
+                            f"{_size(self.free_memory_bytes)} are free; {what}")  # fmt: skip
 
 
 def preflight(
@@ -85,8 +98,15 @@ def preflight(
     tokens: int = 0,
     spill: bool = False,
     limit_bytes: int | None = None,
+    spread: Spread | None = None,
 ) -> Preflight:
-    """Count, and time a small piece. `limit_bytes` stands for the memory that is free."""
+    """Count, and time a small piece. `tokens` are those of a process; `limit_bytes` stands for the memory that is free.
+
+    Over several processes rank 0 does it for all; the machines of the others are taken to be like its own.
+    """
+    spread = spread or Spread.alone()
+    if not spread.first:
+        return from_json(Preflight, spread.share(None))
     sizes: dict[str, int] = {}
     for name, tensor in held.items():
         block = block_of(name) or name
@@ -94,7 +114,7 @@ def preflight(
     kept = sum(t.nbytes for n, t in held.items() if n not in chosen)
     activations = 4 * tokens * stack.width if stack else 0
     memory = psutil.Process().memory_info().rss + _memory(chosen.values(), held, sizes, stack, tokens)
-    return Preflight(
+    found = Preflight(
         read_bytes=sum(t.nbytes for t in held.values()),
         write_bytes=kept + sum(c.nbytes for c in chosen.values()) + RECORD_BYTES * len(held),
         treated=len(chosen),
@@ -105,10 +125,13 @@ def preflight(
         memory_bytes=memory + (0 if spill else activations),
         activation_bytes=activations,
         spilled=spill and stack is not None,
-        seconds=_seconds(list(chosen.values()), held, stack, tokens),
+        seconds=_seconds(list(chosen.values()), held, stack, tokens, spread.world),
         free_memory_bytes=limit_bytes or psutil.virtual_memory().available,
         free_disk_bytes=shutil.disk_usage(_existing(out)).free,
+        processes=len(spread.here),
     )
+    spread.share(to_json(found))
+    return found
 
 
 def _memory(
@@ -137,8 +160,8 @@ def _memory(
     return int(kept * worst) + max(codes.values(), default=0)
 
 
-def _seconds(chosen: list[Chosen], held: Mapping[str, Held], stack: Stack | None, tokens: int) -> float:
-    """From a fit of a small matrix of each kind, and one matrix product."""
+def _seconds(chosen: list[Chosen], held: Mapping[str, Held], stack: Stack | None, tokens: int, processes: int) -> float:
+    """From a fit of a small matrix of each kind, and one matrix product. Fits of a calibrated block take turns."""
     total, timed = 0.0, {}
     rate = _flops_per_second() if any(c.needs_data for c in chosen) else 1.0
     for what in chosen:
@@ -154,8 +177,8 @@ def _seconds(chosen: list[Chosen], held: Mapping[str, Held], stack: Stack | None
     if stack is not None:
         weights = sum(t.size for n, t in held.items() if block_of(n))
         total += 3 * 2 * tokens * weights / rate
-    read = sum(t.nbytes for t in held.values())
-    return total + (read * (6 if stack else 1)) / 1e9
+    seconds = total + (sum(t.nbytes for t in held.values()) * (6 if stack else 1)) / 1e9
+    return seconds if stack else seconds / processes
 
 
 def _piece(what: Chosen) -> float:

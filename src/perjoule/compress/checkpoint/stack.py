@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perjoule.compress.checkpoint.choice import Place
 from perjoule.compress.checkpoint.folder import Weights
 from perjoule.core.errors import BadInput
 
@@ -40,11 +41,15 @@ class _Reached(Exception):
 class Stack:
     """The blocks of one model, and what is around them."""
 
-    def __init__(self, model: nn.Module, refill: Refill, names: Any) -> None:
-        """`model` on the meta device, float32; `names` are those of the checkpoint.
+    def __init__(self, model: nn.Module, refill: Refill, names: Any, places: Mapping[str, Place] | None = None) -> None:
+        """`model` on the meta device, float32; `names` are those of the checkpoint, `places` where they differ.
 
         Raises BadInput where no blocks repeat, or the checkpoint's names are not the model's.
         """
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "_experts_implementation"):  # one after the other: fused kernels hide their inputs
+                config._experts_implementation = "eager"
         self.model = model
         self.refill = refill
         lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
@@ -52,7 +57,11 @@ class Stack:
             raise BadInput(f"{type(model).__name__} has no list of blocks to go through; use a method without data")
         self.prefix, found = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
         self.blocks = [f"{self.prefix}.{i}" for i in range(len(found))]
-        self.alias = _aliases(model, names)
+        self.places = dict(places or {})
+        self.pieces: dict[str, list[str]] = {}
+        for name, place in self.places.items():
+            self.pieces.setdefault(place.weight, []).append(name)
+        self.alias = _aliases(model, lambda name: name in names or name in self.pieces)
         self.returns_tuple = False
         self._arguments: dict[tuple[int, ...], list[Arguments]] = {}
 
@@ -184,13 +193,31 @@ class Stack:
             for own, tensor in state.items():
                 full = f"{name}.{own}" if name else own
                 key = self.alias.get(full, full)
+                if key in self.pieces:
+                    self._gather(key, tensor, weights)
+                    continue
                 found = weights.dense(key)
                 if found.shape != tensor.shape:
                     raise BadInput(f"'{key}' is {tuple(found.shape)}, the configuration says {tuple(tensor.shape)}")
                 tensor.copy_(found)
 
+    def _gather(self, key: str, tensor: Tensor, weights: Weights) -> None:
+        """A weight from the tensors of the checkpoint that make it."""
+        filled = 0
+        for name in self.pieces[key]:
+            place, found = self.places[name], weights.dense(name)
+            part = tensor if place.expert is None else tensor[place.expert].chunk(place.parts)[place.part]
+            if found.shape != part.shape:
+                raise BadInput(f"'{name}' is {tuple(found.shape)}, the configuration says {tuple(part.shape)}")
+            part.copy_(found)
+            filled += part.numel()
+        if filled != tensor.numel():
+            raise BadInput(
+                f"'{key}' is made of {len(self.pieces[key])} tensors of the checkpoint, and some are missing"
+            )
 
-def _aliases(model: nn.Module, names: Any) -> dict[str, str]:
+
+def _aliases(model: nn.Module, known: Callable[[str], bool]) -> dict[str, str]:
     """For each weight that the checkpoint does not name, the tied one that it does. Raises BadInput for others."""
     tied: dict[int, list[str]] = {}
     state: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
@@ -198,9 +225,9 @@ def _aliases(model: nn.Module, names: Any) -> dict[str, str]:
         tied.setdefault(id(tensor), []).append(name)
     found: dict[str, str] = {}
     for group in tied.values():
-        there = [n for n in group if n in names]
+        there = [n for n in group if known(n)]
         if not there:
             raise BadInput(f"{type(model).__name__} wants '{group[0]}', which the checkpoint does not have: its names "
                            "are others than the model's; use a method without data")  # fmt: skip
-        found |= {n: there[0] for n in group if n not in names}
+        found |= {n: there[0] for n in group if not known(n)}
     return found
