@@ -46,7 +46,7 @@ def ours(path: Path) -> list[tuple[int, str]]:
 def test_imports_only_point_down():
     wrong = []
     for name, path in FILES.items():
-        if name == "perjoule":
+        if name in ("perjoule", "perjoule.__main__"):
             continue  # the public face may import any stage
         stage = name.split(".")[1]
         assert stage in RANK, f"{path}: '{stage}' is no stage of the design"

@@ -41,7 +41,8 @@ FACE = {
     "ledger init": "--embodied --folder --hours --life --place --price --pue --water",
     "ledger statement": "--experiment --flops --json --per --unit",
     "ledger when": "LENGTH --hours --json --kwh",
-    "measure": "[--] COMMAND --against --device --experiment --json --json-file --protocol --repeats --transfer",
+    "measure": "[--] COMMAND --against --cgroup --device --experiment --idle --json --json-file --protocol --repeats "
+    "--share --transfer",
     "methods": "[NAME] --json",
     "optimize": "WORKLOAD --energy --evaluations --json --keep --latency --objective --out --resume --seed --size "
     "--sure --target",
@@ -166,7 +167,7 @@ def test_what_is_pinned_is_what_is_declared():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     assert "+" not in pins["torch"], "a tag would force one build of torch on everybody"
     declared = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
-    optional = {"nvidia-ml-py"}  # not in [dev]: the tests use a stand-in
+    optional = {"nvidia-ml-py", "amdsmi", "zeus-apple-silicon"}  # not in [dev]: the tests use a stand-in
     for requirement in declared:
         name = re.match(r"[\w.-]+", requirement)[0]
         assert name in {*pins, *optional, "perjoule"}, f"{name} has no pin in constraints.txt"

@@ -81,10 +81,9 @@ def test_the_greenest_start_and_place(told, tmp_path):
     (tmp_path / "b.csv").write_text(HOURS.replace(",100", ",20"))
     shown = told("ledger", "when", "90min", "--hours", "a.csv", "--hours", "north=b.csv", "--kwh", "2").splitlines()
     assert shown == [  # (20 + 200 / 2) / 1.5, then (100 + 200 / 2) / 1.5; at once (300 + 20 / 2) / 1.5
-        "north: start 2026-03-20 01:00, 80 g/kWh over 90min, 160 g CO2e; 61 % less than at once (207), the dirtiest start "
-        "is 2026-03-20 02:00 (267)",
-        "a: start 2026-03-20 01:00, 133 g/kWh over 90min, 267 g CO2e; 43 % less than at once (233), the dirtiest start is "
-        "2026-03-20 02:00 (267)",
+        f"{place}: start 2026-03-20 01:00, {best} g/kWh over 90min, {mass} g CO2e; {less} % less than at once ({first})"
+        ", the dirtiest start is 2026-03-20 02:00 (267)"
+        for place, best, mass, less, first in (("north", 80, 160, 61, 207), ("a", 133, 267, 43, 233))
     ]
     assert "does not fit; the series has 4" in told("ledger", "when", "5h", "--hours", "a.csv", code=2)
     assert "unknown provider 'gp'; did you mean gb?" in told("ledger", "fetch", "gp", "--out", "c.csv", code=2)

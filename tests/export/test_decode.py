@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from perjoule.compress.apply import Applier
-from perjoule.compress.forms import NM, Codebook, Grid, LowRank, Metric, Sparse
+from perjoule.compress.forms import NM, Codebook, Float, Grid, LowRank, Metric, Sparse
 from perjoule.compress.sites import find
 from perjoule.core.errors import ExportError
 from perjoule.core.record import Recipe, Step
@@ -32,6 +32,12 @@ FORMS = {
     "2:4": NM(),
     "1:8 as numbers": NM(n=1, m=8, rest="proportional", values="float16"),
     "grid + low rank": Grid(bits=3) + LowRank(share=0.3),
+    "fp8 e4m3": Float(),
+    "fp8 e5m2, one half scale": Float(format="e5m2", whole=True, scales="float16"),
+    "fp8 e4m3, powers of two": Float(group=5, scales="e8m0"),
+    "nf4, uneven groups": Float(format="nf4", group=5),
+    "mxfp4": Float(format="e2m1", group=8, scales="e8m0"),
+    "fp8 + low rank": Float() + LowRank(share=0.3),
 }
 SHAPES = ((9, 13), (6, 16))
 
@@ -98,7 +104,7 @@ class Small(nn.Module):
 
 
 @pytest.mark.parametrize("runtime", list(RUNTIMES))
-@pytest.mark.parametrize("name", ["3 bits", "codebook of 3", "mask & asymmetric grid"])
+@pytest.mark.parametrize("name", ["3 bits", "codebook of 3", "mask & asymmetric grid", "fp8 e4m3", "mxfp4"])
 def test_whole_networks_answer_alike(name, runtime):
     torch.manual_seed(0)
     model = Small().eval()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from perjoule.export.graph import export
+from perjoule.export.graph import export, is_weight, stored_bytes
 from perjoule.export.runtimes import OnnxRuntime
 from perjoule.export.simplify import MASKED, simplify
 from perjoule.testing.models import TINY
@@ -163,3 +163,14 @@ def test_steps_of_a_transposed_sequence_are_the_same_steps(index):
     assert len(model.graph.node) == (1 if index.ndim == 0 else 2)
     found = OnnxRuntime.open(model.SerializeToString(), 1).run(feed)
     np.testing.assert_array_equal(found, feed["x"].transpose(1, 0, 2).take(index, axis=1))
+
+
+def test_parameters_of_equal_values_stay_apart():
+    """Fresh norms and biases are all alike; what is made of them later is not, and their bytes were promised."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.LayerNorm(8)).eval()
+    for linear in (model[0], model[2]):
+        nn.init.ones_(linear.bias)
+    graph = export(model, {"input": torch.randn(4, 8)}, {"input": (0,)})
+    stored = {t.name: stored_bytes(t) for t in graph.graph.initializer if is_weight(t)}
+    assert {n for n in stored if n.startswith("model.") and n.endswith("bias")} == {f"model.{i}.bias" for i in range(4)}
+    assert sum(stored.values()) == sum(4 * p.numel() for p in model.parameters())

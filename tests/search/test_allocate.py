@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perjoule.compress.forms import Grid, LowRank
+from perjoule.compress.structure.depth import Drop
 from perjoule.search.allocate import Allocation, Choice, Link, allocate
-from perjoule.search.menu import INT8_DYNAMIC, INT8_WEIGHTS, KEEP, Option
+from perjoule.search.menu import INT8_DYNAMIC, INT8_WEIGHTS, KEEP, Option, without
 
 OPTIONS = [KEEP, INT8_WEIGHTS, INT8_DYNAMIC, Option(name="int4", form=Grid(bits=4, group=32))]
 WIDTHS = (4, 2, 1)
@@ -21,7 +22,7 @@ LINKS = {
 
 @st.composite
 def problems(draw):
-    """Menus of three to five sites; channel groups, also chains that share a site; two ceilings."""
+    """Menus of three to five sites; channel groups, also chains that share a site; blocks that go; two ceilings."""
     count = draw(st.integers(3, 5))
     links = [Link(producer=p, consumer=c) for p, c in draw(st.sampled_from(LINKS[count]))]
     produced, consumed = {x.producer for x in links}, {x.consumer for x in links}
@@ -47,14 +48,29 @@ def problems(draw):
             for wide_in in ins
             for wide_out in outs
         ]
+    for block in draw(st.lists(st.sampled_from(blocks("abcde"[:count], links)), max_size=2, unique=True)):
+        drop = Drop(block=block, in_tuple=False, damage=draw(st.floats(0, 2)))
+        for site in block:
+            bears = site == block[0]
+            menus[site].append(
+                choice(site, -3 if bears else 0, 0.0, option=without(drop), damage=drop.damage if bears else 0.0)
+            )
     share = draw(st.floats(0, 1))
     room = draw(st.integers(count, 40 * count))
     return menus, links, 2 * count * share, room
 
 
+def blocks(sites, links):
+    """All sets of sites that no link leaves, by their letters; one may hold another, as stages hold layers."""
+    every = (set(s) for n in range(1, len(sites) + 1) for s in itertools.combinations(sites, n))
+    return ["".join(sorted(s)) for s in every if all((x.producer in s) == (x.consumer in s) for x in links)]
+
+
 def linked(choices, links):
     at = {c.site: c for c in choices}
-    return all(at[link.producer].width_out == at[link.consumer].width_in for link in links)
+    gone = {c.option.drop.block for c in choices if c.option.drop}
+    together = all(at[s].option.drop and at[s].option.drop.block == block for block in gone for s in block)
+    return together and all(at[link.producer].width_out == at[link.consumer].width_in for link in links)
 
 
 def every(menus, links):

@@ -134,7 +134,7 @@ def test_the_journal_holds_every_piece_of_work_once_and_all_its_joules(finished)
     assert first["run"]["budget"]["keep"] == 0.98
     keys = [line["key"] for line in lines]
     assert len(set(keys)) == len(keys)
-    for kind, count in {"sensitivity": 1, "runtimes": 1, "measure": 1, "reference": 1}.items():
+    for kind, count in {"sensitivity": 1, "runtimes and threads": 1, "measure": 1, "reference": 1}.items():
         assert keys.count(kind) == count
     assert sum(k.startswith("evaluate ") for k in keys) == finished.result.evaluations
     assert sum(k.startswith("costs ") for k in keys) == 2

@@ -24,7 +24,7 @@ def offered(name):
         ("gated", 3, ""),
         ("concatenation", 1, "b.2 belongs to another group already"),
         ("depth-wise", 1, "has no price by width"),
-        ("deep lstm", 0, "cells has no price by width"),
+        ("deep lstm", 2, ""),
     ],
 )
 def test_what_is_offered_and_what_is_said_of_the_rest(name, count, says):

@@ -12,7 +12,7 @@ from perjoule.search.verdict import references_of, verdict_of
 from .test_prove import near, point, record
 
 
-def said(best, points=(), keep=0.9):
+def said(best, points=(), keep=0.9, busy=False):
     result = SimpleNamespace(
         workload="Net",
         quality_name="accuracy",
@@ -20,7 +20,7 @@ def said(best, points=(), keep=0.9):
         original=point("original", size=1000),
         budget=Budget(keep=keep),
     )
-    return verdict_of(result, points)
+    return verdict_of(result, points, busy=busy)
 
 
 def test_a_saving_is_said_with_its_figures():

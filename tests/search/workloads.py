@@ -65,6 +65,25 @@ def cnn() -> Workload:
     return classifier(model, (2, 8, 8), "tiny CNN")
 
 
+class Residual(nn.Module):
+    """norm(x + scale f(x)): with a small scale it is hardly there, and may go."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.inner, self.norm, self.scale = nn.Linear(48, 48), nn.LayerNorm(48), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.norm(x + self.scale * torch.relu(self.inner(x)))
+        return answer
+
+
+def deep() -> Workload:
+    """Three residual blocks, of which the second does next to nothing."""
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(48, 48), *(Residual(s) for s in (1.0, 0.01, 1.0)), nn.Linear(48, CLASSES))
+    return classifier(model, (48,), "tiny stack")
+
+
 def plain() -> Workload:
     """No score: quality is fidelity to the original's answers. Not trained: only the answers count."""
     x, _ = examples(128, 48, seed=1)

@@ -1,4 +1,7 @@
-"""`perjoule optimize WORKLOAD`: the main job."""
+"""`perjoule optimize WORKLOAD`: the main job.
+
+Over N processes with `torchrun --nproc-per-node N -m perjoule optimize WORKLOAD ...`; rank 0 speaks for all.
+"""
 
 from __future__ import annotations
 
@@ -88,21 +91,28 @@ def optimize(
     from perjoule.cli.frontier import show
     from perjoule.measure.project import recorded
     from perjoule.report.page import write
+    from perjoule.search.optimize import assist
     from perjoule.search.optimize import optimize as run
+    from perjoule.train.spread import launched
 
     typed = [a for a in sys.argv[1:] if a != "--resume"]
-    with bars() as progress, recorded(shlex.join(["perjoule", *sys.argv[1:]])):
-        result = run(
-            workload,
-            budget,
-            out=out,
-            target=target,
-            evaluations=evaluations,
-            seed=seed,
-            resume=resume,
-            command=shlex.join(["perjoule", *typed]),
-            progress=progress,
-            report=write,
-        )
-    emit(result, as_json, lambda to: show(result, to))
-    say(f"report: {out / 'report.html'}")
+    with launched() as spread:
+        if not spread.first:
+            assist(workload, budget, spread=spread, seed=seed)
+            return
+        with bars() as progress, recorded(shlex.join(["perjoule", *sys.argv[1:]]), pids=spread.here):
+            result = run(
+                workload,
+                budget,
+                out=out,
+                target=target,
+                evaluations=evaluations,
+                seed=seed,
+                resume=resume,
+                command=shlex.join(["perjoule", *typed]),
+                progress=progress,
+                report=write,
+                spread=spread,
+            )
+        emit(result, as_json, lambda to: show(result, to))
+        say(f"report: {out / 'report.html'}")

@@ -24,6 +24,7 @@ from perjoule.compress.forms.base import finite, from_config
 from perjoule.compress.forms.grid import ActivationGrid, GridPacked, dynamic
 from perjoule.compress.forms.lowrank import LowRankPacked
 from perjoule.compress.groups import Group
+from perjoule.compress.placed import beside
 from perjoule.compress.saliency import SALIENCIES, Statistics
 from perjoule.compress.sites import Site
 from perjoule.compress.stream import TableStatistics
@@ -43,12 +44,13 @@ def metric_for(
     if saliency not in SALIENCIES:
         raise ConfigError(f"unknown saliency '{saliency}'; known: {', '.join(SALIENCIES)}")
     if isinstance(stats, TableStatistics):
-        g_D = stats.g_D if stats.g_D is not None else torch.ones(w_OI.shape[1])
+        g_D = stats.g_D if stats.g_D is not None else torch.ones(w_OI.shape[1], device=w_OI.device)
         return Metric(diagonal_OI=g_D[None], rows_O=stats.p_V)
     if stats is None and saliency not in ("identity", "random"):
         raise ConfigError(f"{site.name}: saliency '{saliency}' needs calibration data; use identity")
     generator = torch.Generator().manual_seed(seed)
-    return SALIENCIES[saliency].metric(w_OI, stats, generator)
+    with beside(w_OI):
+        return SALIENCIES[saliency].metric(w_OI, stats, generator)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -86,11 +88,15 @@ class Applier:
 
     def metric(self, site: Site, w_OI: Tensor) -> Metric:
         """The second-order metric of one site, what its bias absorbs left out."""
-        stats = _centred(self.stats.get(site.name), site.module(self.model))
+        stats = _centred(self.stats.get(choice.seen_as(site)), _bias(site, self.model))
         return metric_for(site, w_OI, "second_order", stats, 0)
 
     def apply(self, recipe: Recipe) -> Compressed:
         """`recipe` on a copy of the model. Raises NothingMatched for a step that names no site of it."""
+        with beside(next(self.model.parameters())):
+            return self._applied(recipe)
+
+    def _applied(self, recipe: Recipe) -> Compressed:
         result = Compressed(model=copy.deepcopy(self.model), recipe=recipe, sites=dict(self.sites))
         work = _Work(result, dict(self.stats), recipe.seed)
         for step in recipe.steps:
@@ -136,27 +142,27 @@ class _Work:
         missing = [s.module for s in group.slots if s.module in self.whole and s.module not in self.sites]
         if missing:
             raise ConfigError(f"{group.name}: {missing[0]} was factorised before; put channels first in the recipe")
-        found = choice.readers(group, model, self.sites, self.cutter)
+        found = choice.readers(group, model, self.sites, self.cutter, self.stats)
         if second and step.saliency != "second_order":
             raise ConfigError("the second-order fit needs a second-order saliency; use saliency 'second_order'")
 
         def metric_of(site: Site, w_OI: Tensor) -> Metric:
             finite(w_OI, form.describe())
-            return metric_for(site, w_OI, step.saliency, _centred(self.stats.get(site.name), site.module(model)),
-                              self.seed)  # fmt: skip
+            stats = _centred(self.stats.get(choice.seen_as(site)), _bias(site, model))
+            return metric_for(site, w_OI, step.saliency, stats, self.seed)
 
         keep = choice.best(choice.scores(group, model, found, metric_of, self.cutter, second=second), form.keep)
         for reader in found:
-            module = reader.site.module(model)
+            bias_O, seen = _bias(reader.site, model), choice.seen_as(reader.site)
             w_OI = reader.site.matrices(model)[0].clone()
-            stats = self.stats.get(reader.site.name)
+            stats = self.stats.get(seen)
             cut_OI = choice.refit(reader, w_OI, metric_of(reader.site, w_OI), keep, second=second)
-            _absorb(module, w_OI - cut_OI, _centred(stats, module))
+            _absorb(bias_O, w_OI - cut_OI, stats)
             reader.site.write(model, [cut_OI])
             if isinstance(stats, Statistics):
                 stays = torch.ones(w_OI.shape[1], dtype=torch.bool)
                 stays[reader.gone(keep)] = False
-                self.stats[reader.site.name] = stats.of(stays.nonzero()[:, 0])
+                self.stats[seen] = stats.of(stays.nonzero()[:, 0])
         self._forget_outputs(group, keep)
         self.cutter.remove(group.slots, keep, group.attributes)
         for old in touched:
@@ -175,11 +181,35 @@ class _Work:
             inside = [s for s in self.sites.values() if f"{s.name}.".startswith(f"{name}.")]
             if not inside:
                 raise NothingMatched(f"no block '{name}' with weights; blocks are the members of repeated stacks")
+            for module_name, module in self.result.model.get_submodule(name).named_modules(prefix=name):
+                self._left_out(module_name, module)
             self.cutter.drop(name, bool(step.form.get("in_tuple", False)))
             for site in inside:
-                self._record(site, "dropped with its block", step, None, site.shape, (0, 0), 0)
                 del self.sites[site.name]
                 self.stats.pop(site.name, None)
+
+    def _left_out(self, name: str, module: nn.Module) -> None:
+        """Record a weight-bearing module, treatable or not, that goes with its block."""
+        weights = {n: p for n, p in module.named_parameters(recurse=False)}
+        if not weights:
+            return
+        site = self.sites.get(name)
+        shape = site.shape if site is not None else tuple(next(iter(weights.values())).shape)
+        nbytes = 4 * site.weights if site is not None else sum(p.numel() * p.element_size() for p in weights.values())
+        self.result.records.append(
+            Record(
+                site=name,
+                kind=type(module).__name__,
+                form="left out with its block",
+                fit="what enters the block leaves it",
+                cite=Drop.cite,
+                shape_before=shape,
+                shape_after=tuple(0 for _ in shape),
+                bytes_before=nbytes,
+                bytes_after=0,
+                damage=0.0,
+            )
+        )
 
     def _forget_outputs(self, group: Group, keep: Sequence[Tensor]) -> None:
         """Gradients of outputs that go; called before the cut."""
@@ -200,13 +230,14 @@ class _Work:
         """Put one site into a form."""
         model = self.result.model
         module = site.module(model)
-        stats = _centred(self.stats.get(site.name), module)
+        bias_O = None if site.kind == "recurrent" else _bias(site, model)
+        stats = _centred(self.stats.get(site.name), bias_O)
         found: list[Packed] = []
         decoded: list[Tensor] = []
         for number, w_OI in enumerate(site.matrices(model)):
             w_OI = w_OI.clone()
             packed = FITS[step.fit](form, w_OI, metric_for(site, w_OI, step.saliency, stats, self.seed + number))
-            _absorb(module, w_OI - packed.dense(), stats)
+            _absorb(bias_O, w_OI - packed.dense(), stats)
             found.append(packed)
             decoded.append(packed.dense())
         if isinstance(form, LowRank):
@@ -240,10 +271,10 @@ class _Work:
         model, module = self.result.model, site.module(self.result.model)
         if not isinstance(module, nn.Linear):
             raise ConfigError(f"{site.name}: low rank is for linear layers, not {site.layer}")
-        rank, columns = packed.b_rI.shape
+        (rank, columns), there = packed.b_rI.shape, module.weight.device
         first, second = (  # skip_init: drawing weights that are overwritten would move the caller's random numbers
-            nn.utils.skip_init(nn.Linear, columns, rank, bias=False),
-            nn.utils.skip_init(nn.Linear, rank, site.shape[0], bias=module.bias is not None),
+            nn.utils.skip_init(nn.Linear, columns, rank, bias=False, device=there),
+            nn.utils.skip_init(nn.Linear, rank, site.shape[0], bias=module.bias is not None, device=there),
         )
         with torch.no_grad():
             first.weight.copy_(packed.b_rI)
@@ -266,7 +297,7 @@ class _Work:
         site: Site,
         what: str,
         step: Step,
-        form: Form | None,
+        form: Form,
         before: tuple[int, ...],
         after: tuple[int, ...],
         bytes_after: int,
@@ -278,8 +309,7 @@ class _Work:
                 kind=site.layer,
                 form=what,
                 fit=f"{step.fit}, {step.saliency} saliency",
-                cite=(form.cite if form is not None else Drop.cite)
-                + (saliency.cite if step.saliency not in ("identity", "random") else ()),
+                cite=form.cite + (saliency.cite if step.saliency not in ("identity", "random") else ()),
                 shape_before=before,
                 shape_after=after,
                 bytes_before=4 * site.weights,
@@ -301,19 +331,21 @@ def quantise_input(grid: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tens
     return hook
 
 
-def _centred(stats: Any, module: nn.Module) -> Any:
-    has_bias = getattr(module, "bias", None) is not None and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-    return stats.centred() if isinstance(stats, Statistics) and has_bias else stats
+def _bias(site: Site, model: nn.Module) -> Tensor | None:
+    """What absorbs the mean of a matrix's error."""
+    name = site.parameters[0].replace("weight", "bias") if site.kind != "table" else ""
+    found: Tensor | None = getattr(site.module(model), name, None)
+    return found
 
 
-def _absorb(module: nn.Module, e_OI: Tensor, stats: Any) -> None:
-    if (
-        isinstance(stats, Statistics)
-        and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
-        and module.bias is not None
-    ):
+def _centred(stats: Any, bias_O: Tensor | None) -> Any:
+    return stats.centred() if isinstance(stats, Statistics) and bias_O is not None else stats
+
+
+def _absorb(bias_O: Tensor | None, e_OI: Tensor, stats: Any) -> None:
+    if isinstance(stats, Statistics) and bias_O is not None:
         with torch.no_grad():
-            module.bias += e_OI @ stats.mean_I
+            bias_O += e_OI @ stats.mean_I
 
 
 def _through(stats: Statistics, b_rI: Tensor) -> Statistics:

@@ -38,7 +38,7 @@ ENDS = 64
 class Histogram:
     """Counts of values by bin: bin i holds [i, i + 1) times `width`; i from -BINS to BINS - 1."""
 
-    counts: Tensor = field(default_factory=lambda: torch.zeros(2 * BINS, dtype=torch.float64))
+    counts: Tensor = field(default_factory=lambda: torch.zeros(2 * BINS, dtype=torch.float64, device="cpu"))
     width: float = 0.0
     low: float = 0.0
     high: float = 0.0
@@ -61,7 +61,7 @@ class Histogram:
             self.counts = self._coarser()
             self.width *= 2
         index = (x.flatten() / self.width).floor_().clamp_(-BINS, BINS - 1).long() + BINS
-        self.counts += torch.bincount(index, minlength=2 * BINS)
+        self.counts += torch.bincount(index, minlength=2 * BINS).cpu()
 
     def _coarser(self) -> Tensor:
         fresh = torch.zeros_like(self.counts)
@@ -87,17 +87,18 @@ class Histogram:
         low, high = self.ends(how)
         if self.width == 0:
             return 0.0
-        return float(self._error(torch.tensor([low]), torch.tensor([high])))
+        return float(self._error(*torch.tensor([[low], [high]], device=self.counts.device)))
 
     def _errors(self) -> tuple[Tensor, Tensor, Tensor]:
-        shares = torch.arange(ENDS, 0, -1, dtype=torch.float64) / ENDS
-        lows = shares * self.low if self.low < 0 else torch.zeros(1, dtype=torch.float64)
-        highs = shares * self.high if self.high > 0 else torch.zeros(1, dtype=torch.float64)
+        here = self.counts.device
+        shares = torch.arange(ENDS, 0, -1, dtype=torch.float64, device=here) / ENDS
+        lows = shares * self.low if self.low < 0 else torch.zeros(1, dtype=torch.float64, device=here)
+        highs = shares * self.high if self.high > 0 else torch.zeros(1, dtype=torch.float64, device=here)
         return lows, highs, self._error(lows, highs)
 
     def _error(self, low_A: Tensor, high_B: Tensor) -> Tensor:
         """E(a, b) for all pairs: (A, B)."""
-        x_N = (torch.arange(-BINS, BINS, dtype=torch.float64) + 0.5) * self.width
+        x_N = (torch.arange(-BINS, BINS, dtype=torch.float64, device=self.counts.device) + 0.5) * self.width
         p_N = self.counts / self.counts.sum()
         below_AN = (low_A.double()[:, None] - x_N).clamp_min(0)
         above_BN = (x_N - high_B.double()[:, None]).clamp_min(0)

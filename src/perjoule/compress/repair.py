@@ -145,7 +145,8 @@ def _under(packed: ComposedPacked, values: Packed) -> ComposedPacked:
 def _flat_codes(packed: CodebookPacked) -> Tensor:
     """Indices into all books, one behind the other."""
     groups, values = packed.c_GK.shape
-    return (packed.q_OI.long().reshape(groups, -1) + values * torch.arange(groups)[:, None]).reshape(packed.q_OI.shape)
+    first_G1 = values * torch.arange(groups, device=packed.q_OI.device)[:, None]
+    return (packed.q_OI.long().reshape(groups, -1) + first_G1).reshape(packed.q_OI.shape)
 
 
 def _steps(packed: GridPacked) -> Steps:

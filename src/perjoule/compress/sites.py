@@ -12,7 +12,7 @@ A site shows its weight as one or several matrices w_OI, whatever the layer's ow
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -49,6 +49,10 @@ class Site:
     @property
     def weights(self) -> int:
         return sum(o * i for o, i in self.shapes)
+
+    def only(self, parameter: str) -> Site:
+        """The site with one of its matrices."""
+        return replace(self, parameters=(parameter,), shapes=(self.shapes[self.parameters.index(parameter)],))
 
     def module(self, model: nn.Module) -> nn.Module:
         return model.get_submodule(self.name)

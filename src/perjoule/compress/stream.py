@@ -57,7 +57,7 @@ def rows_of(site: Site, module: nn.Module, x: Tensor) -> Tensor:
     x_BIL = F.unfold(x, tuple(kernel), dilation=tuple(dilation), stride=tuple(stride))
     x_NI = x_BIL.transpose(1, 2).flatten(0, 1)
     if x_NI.shape[0] > CONV_ROWS:
-        x_NI = x_NI[torch.linspace(0, x_NI.shape[0] - 1, CONV_ROWS).long()]
+        x_NI = x_NI[torch.linspace(0, x_NI.shape[0] - 1, CONV_ROWS, device=x.device).long()]
     return x_NI
 
 
@@ -117,7 +117,7 @@ def gradients(model: nn.Module, sites: Sequence[Site], batches: Sequence[Mapping
             sensed.output_square += float(y.detach().square().sum())
             if not y.requires_grad:
                 continue
-            v = torch.randn(y.shape, generator=generator)
+            v = torch.randn(y.shape, generator=generator).to(y.device)
             found = torch.autograd.grad((y * v).sum(), [o for _, o in outs], allow_unused=True)
             for (name, out), g in zip(outs, found, strict=True):
                 channel = 1 if isinstance(model.get_submodule(name), nn.Conv1d | nn.Conv2d) else -1
@@ -168,7 +168,7 @@ def _bytes(sites: Sequence[Site]) -> int:
 def _gather(
     model: nn.Module, group: Sequence[Site], batches: Sequence[Mapping[str, Any]], sensed: Sensed
 ) -> dict[str, Statistics | TableStatistics]:
-    sums: dict[str, Sums] = {s.name: Sums(s) for s in group}
+    sums: dict[str, Sums] = {s.name: Sums(s, s.matrices(model)[0].device) for s in group}
     calls: list[str] = []
 
     def watch(site: Site, last: str | None) -> Callable[..., None]:
@@ -197,15 +197,18 @@ def _gather(
 class Sums:
     """Running sums of one site."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, device: torch.device | None = None) -> None:
         self.site = site
         self.rows = 0
         self.step2, self.batches = 0.0, 0
         self.histogram = Histogram()
         size = site.shape[0] if site.kind == "table" else site.shape[1]
-        self.counts_V = torch.zeros(size if site.kind == "table" else 0)
-        self.xx_II = torch.zeros(0) if site.kind == "table" else torch.zeros(size, size)
-        self.x_I = torch.zeros(0 if site.kind == "table" else size)
+        table = site.kind == "table"
+        self.counts_V = torch.zeros(size if table else 0, device=device)
+        self.xx_II = torch.zeros((0, 0) if table else (size, size), device=device)
+        self.x_I = torch.zeros(0 if table else size, device=device)
+        self.origin_I: Tensor | None = None
+        """Mean of the first batch: sums about it keep the digits that sums about zero lose where inputs hardly vary."""
 
     def add(self, module: nn.Module, x: Tensor) -> None:
         if self.site.kind == "table":
@@ -217,6 +220,9 @@ class Sums:
         self.step2 += ((high - low) / 255) ** 2
         self.batches += 1
         x_NI = rows_of(self.site, module, x)
+        if self.origin_I is None:
+            self.origin_I = x_NI.mean(0)
+        x_NI = x_NI - self.origin_I
         self.xx_II.addmm_(x_NI.T, x_NI)
         self.x_I += x_NI.sum(0)
         self.rows += x_NI.shape[0]
@@ -225,9 +231,13 @@ class Sums:
         if self.site.kind == "table":
             p_V = self.counts_V.clamp_min(1)
             return TableStatistics(p_V=p_V / p_V.sum(), g_D=g_O)
+        assert self.origin_I is not None
+        drift_I = self.x_I / self.rows
+        mean_I = self.origin_I + drift_I
+        c_II = self.xx_II.div_(self.rows).addr_(drift_I, drift_I, alpha=-1)
         return Statistics(
-            h_II=self.xx_II / self.rows,
-            mean_I=self.x_I / self.rows,
+            h_II=c_II.addr_(mean_I, mean_I),
+            mean_I=mean_I,
             g_O=g_O,
             low=self.histogram.low,
             high=self.histogram.high,

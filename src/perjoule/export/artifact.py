@@ -18,6 +18,7 @@ from onnx import ModelProto
 from perjoule.compress.apply import Compressed
 from perjoule.compress.forms import FORMS, Grid
 from perjoule.compress.forms.base import from_config
+from perjoule.compress.structure.depth import Drop
 from perjoule.core.atomic import no_space, replacing
 from perjoule.core.errors import ExportError, ParityError
 from perjoule.export.graph import Graph, check, export
@@ -48,6 +49,8 @@ def lowered(compressed: Compressed, example: Any, dynamic: Mapping[str, Any]) ->
     simplify(graph.graph)
     activations: dict[str, str] = {}
     for step in compressed.recipe.steps:
+        if step.form.get("name") == Drop.__name__:
+            continue
         form = from_config(step.form, FORMS)
         activations.update({name: form.activations if isinstance(form, Grid) else "none" for name in step.sites})
     lower(graph, compressed.sites, compressed.packed, activations, lower_recurrent)

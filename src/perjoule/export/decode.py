@@ -4,10 +4,13 @@
     grid       (code - zero) * scale
     codebook   values[code]
     mask       the weights that stay, in order:  values[cumsum(mask) - 1] * mask
+    float      8 bits: ONNX's own float8 types, cast;  4 bits: table[code];  times scales, or powers of two by exponent
     sum        both
 
 The file holds Packed.tensors() and nothing else of the weight. All inputs are constants, so a runtime folds the whole
 chain when it opens the file: the disk holds the codes, memory and time are those of a float layer.
+
+ONNX Runtime 1.31 has no kernel for ONNX's own 4-bit floats (OpenVINO has), so those are looked up in both.
 
 Cost     once, at opening: a few operators, up to 32 bytes of working memory a weight.
 Shapes   O outputs, I inputs, N weights, b bits, B bytes, G groups, K values.
@@ -20,12 +23,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from perjoule.compress.coding.bits import packed_bytes
 from perjoule.compress.forms import Packed
 from perjoule.compress.forms.codebook import CodebookPacked
 from perjoule.compress.forms.compose import ComposedPacked, SumPacked
+from perjoule.compress.forms.floats import BIAS, E2M1, EIGHT, NF4, FloatPacked
 from perjoule.compress.forms.grid import GridPacked
 from perjoule.compress.forms.lowrank import LowRankPacked
 from perjoule.compress.forms.nm import NMPacked
@@ -44,8 +48,22 @@ def decode(writer: Writer, name: str, packed: Packed, shape: Shape) -> str:
     decoder = _DECODERS.get(type(packed))
     if decoder is None:
         raise ExportError(f"{name}: no lowering for {type(packed).__name__}")
-    parts = {key: writer.store(f"{name}.{key}", tensor.numpy()) for key, tensor in packed.tensors().items()}
+    parts = {
+        key: writer.store(f"{name}.{key}", tensor.numpy().view(_kind(packed, key) or tensor.numpy().dtype))
+        for key, tensor in packed.tensors().items()
+    }
     return decoder(_Decoder(writer, name, shape, parts), packed)
+
+
+def _kind(packed: Packed, key: str) -> Any:
+    """The type that the file gives these bytes where it is not their own."""
+    if isinstance(packed, SumPacked):
+        which, _, key = key.partition(".")
+        return _kind(packed.first if which == "first" else packed.second, key)
+    kinds = {"e4m3": TensorProto.FLOAT8E4M3FN, "e5m2": TensorProto.FLOAT8E5M2}
+    if key != "codes" or not isinstance(packed, FloatPacked) or packed.form.format not in kinds:
+        return None
+    return helper.tensor_dtype_to_np_dtype(kinds[packed.form.format])
 
 
 class _Decoder:
@@ -102,21 +120,19 @@ class _Decoder:
 
     def scaled(self, q_OI: str, packed: GridPacked) -> str:
         """(q - z) s over codes (O, I)."""
-        columns = self.shape[1]
         groups = packed.s_OG.shape[1]
-        width = packed.group or -(-columns // groups)
-        group_I = np.arange(columns) // width
-
-        def spread(key: str) -> str:
-            x_OG = self.cast(self.parts[key])
-            if groups == 1:
-                return x_OG
-            at_I = self.writer.store(f"{CONSTANT}{columns} columns in groups of {width}", group_I)
-            return self.emit("Gather", x_OG, at_I, axis=1)
-
+        width = packed.group or -(-self.shape[1] // groups)
         if packed.z_OG is not None:
-            q_OI = self.emit("Sub", q_OI, spread("zeros"))
-        return self.emit("Mul", q_OI, spread("scales"))
+            q_OI = self.emit("Sub", q_OI, self.spread(self.cast(self.parts["zeros"]), groups, width))
+        return self.emit("Mul", q_OI, self.spread(self.cast(self.parts["scales"]), groups, width))
+
+    def spread(self, x_OG: str, groups: int, width: int) -> str:
+        """One number a group becomes one a column."""
+        if groups == 1:
+            return x_OG
+        columns = self.shape[1]
+        at_I = self.writer.store(f"{CONSTANT}{columns} columns in groups of {width}", np.arange(columns) // width)
+        return self.emit("Gather", x_OG, at_I, axis=1)
 
     def looked_up(self, q_N: str, packed: CodebookPacked) -> str:
         """values[code] over codes (N,), every group of rows in its own book."""
@@ -193,6 +209,24 @@ def _low_rank(d: _Decoder, packed: LowRankPacked) -> str:
     return d.emit("MatMul", d.parts["a"], d.parts["b"])
 
 
+def _floats(d: _Decoder, packed: FloatPacked) -> str:
+    form, groups = packed.form, packed.s_OG.shape[1]
+    if form.format in EIGHT:
+        value_OI = d.cast(d.parts["codes"])
+    else:
+        table = NF4 if form.format == "nf4" else (*E2M1, *(-v for v in E2M1))
+        code_N = d.index(d.numbers(d.parts["codes"], 4, d.weights))
+        value_OI = d.reshape(d.emit("Gather", d.floats(table), code_N), *d.shape)
+    if form.scales != "e8m0":
+        scale_OG = d.cast(d.parts["scales"])
+    else:  # a table is exact where a runtime's power of two may not be
+        low, high = int(packed.s_OG.min()), int(packed.s_OG.max())
+        power = np.ldexp(np.float32(1), np.arange(low, high + 1) - BIAS).astype(np.float32)
+        powers = d.writer.store(f"{CONSTANT}powers of two from {low} to {high}", power)
+        scale_OG = d.emit("Gather", powers, d.emit("Sub", d.index(d.parts["scales"]), d.ints(low)))
+    return d.emit("Mul", value_OI, d.spread(scale_OG, groups, form.group or d.shape[1]))
+
+
 def _sum(d: _Decoder, packed: SumPacked) -> str:
     found = []
     for which, part in (("first", packed.first), ("second", packed.second)):
@@ -210,5 +244,6 @@ _DECODERS: dict[type, Callable[[_Decoder, Any], str]] = {
     ComposedPacked: _composed,
     NMPacked: _semi_structured,
     LowRankPacked: _low_rank,
+    FloatPacked: _floats,
     SumPacked: _sum,
 }

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from perjoule.core.errors import ExportError
+from perjoule.export.passes import optimized
 from perjoule.measure.forward import first_tensor, plain_kernels
 
 OPSET = 21
@@ -112,8 +113,11 @@ def export(model: nn.Module, batch: Mapping[str, Any], dynamic: Mapping[str, Seq
                     output_names=[OUTPUT],
                     dynamic_shapes=(tuple(free[n] for n in names),),
                     opset_version=OPSET,
+                    optimize=False,
                     verbose=False,
                 )
+                assert program is not None
+                program.model = optimized(program.model, ROOT)
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -122,7 +126,6 @@ def export(model: nn.Module, batch: Mapping[str, Any], dynamic: Mapping[str, Seq
         raise ExportError(f"the model cannot be exported to ONNX: {lines[0]}") from error
     finally:
         logging.disable(before)
-    assert program is not None
     norms = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     return _cleaned(program.model_proto, norms)
 

@@ -3,6 +3,7 @@
     minimise    sum of cost of the choices
     subject to  one choice per site
                 a producer's outputs are its consumer's inputs, for every group
+                all sites of a block go with it, or none
                 sum of damages <= D,   sum of bytes <= K
 
 A choice of a site is (form, channels in, channels out), so that forms and widths of all families are chosen jointly;
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -116,6 +118,15 @@ def allocate(
             row = len(lower)
             rows += [(row, k, 1.0) for k, c in enumerate(choices) if c.site == link.producer and c.width_out == width]
             rows += [(row, k, -1.0) for k, c in enumerate(choices) if c.site == link.consumer and c.width_in == width]
+            lower.append(0.0)
+            upper.append(0.0)
+    gone: dict[str, dict[str, list[int]]] = {}
+    for k, c in enumerate(choices):
+        if c.option.drop is not None:
+            gone.setdefault(c.option.drop.block, {}).setdefault(c.site, []).append(k)
+    for sites in gone.values():
+        for one, other in pairwise(sites.values()):
+            rows += [*((len(lower), k, 1.0) for k in one), *((len(lower), k, -1.0) for k in other)]
             lower.append(0.0)
             upper.append(0.0)
     for value, ceiling in limits:

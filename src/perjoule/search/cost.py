@@ -11,11 +11,12 @@ measured in joules before anything is claimed.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,11 @@ from perjoule.export.graph import export as export_graph
 from perjoule.export.lower import lower
 from perjoule.export.recurrent import lower_recurrent
 from perjoule.export.runtimes import Runtime
+from perjoule.export.simplify import simplify
 from perjoule.export.worker import answer_for
 from perjoule.measure.forward import answer, plain_kernels
 from perjoule.search.menu import KEEP, Option
+from perjoule.train.loop import seeded
 
 WINDOW_S = 0.02
 REPEATS = 3
@@ -78,7 +81,10 @@ class CostTable:
     def of(
         self, model: nn.Module, site: Site, option: Option, shape: tuple[int, ...], rows: int, columns: int
     ) -> float:
-        """Seconds of `site` in `option`, cut to rows x columns, on an input of `shape`; infinite if refused."""
+        """Seconds of `site` in `option`, cut to rows x columns, on an input of `shape`; infinite if refused.
+
+        Of a recurrent site rows are its units, columns its inputs.
+        """
         if site.kind == "table":
             return 0.0  # reading a few rows: far below what can be timed, in every form
         key = _key(site, option, shape, rows, columns, site.module(model))
@@ -113,14 +119,15 @@ def _key(site: Site, option: Option, shape: tuple[int, ...], rows: int, columns:
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         extra = f"k{module.kernel_size}s{module.stride}p{module.padding}d{module.dilation}"
     if site.kind == "recurrent":
-        extra = f"{site.shapes}"
+        extra = f"{len(site.shapes)} matrices"
     return f"{site.layer}|{option.name}|{shape}|{rows}x{columns}|{extra}"
 
 
 def one_layer(module: nn.Module, site: Site, option: Option, shape: tuple[int, ...], rows: int, columns: int) -> Graph:
     """An ONNX model that is nothing but this site, with random weights of the given size, in the option's form."""
     if site.kind == "recurrent":
-        return _one_recurrent(module, site, option, shape)
+        assert isinstance(module, nn.LSTM | nn.GRU)
+        return _one_recurrent(module, site, option, shape, rows, columns)
     generator = torch.Generator().manual_seed(0)
     if isinstance(option.form, LowRank):
         return _two_products(shape, columns, option.form.rank(rows, columns), rows)
@@ -186,14 +193,31 @@ def _two_products(shape: tuple[int, ...], columns: int, rank: int, rows: int) ->
     return _graph(nodes, [first, second], shape)
 
 
-def _one_recurrent(module: nn.Module, site: Site, option: Option, shape: tuple[int, ...]) -> Graph:
-    alone = Site(name="layer", kind="recurrent", layer=site.layer, parameters=site.parameters, shapes=site.shapes)
-    graph = export_graph(_Alone(module), {"x": torch.zeros(shape)}, {"x": (0,)})
+def _one_recurrent(
+    module: nn.LSTM | nn.GRU, site: Site, option: Option, shape: tuple[int, ...], units: int, inputs: int
+) -> Graph:
+    settings = (module.num_layers, module.bias, module.batch_first, module.dropout, module.bidirectional)
+    layer, traced = _traced(type(module).__name__, inputs, units, settings, (2, *shape[1:]))  # first axis free
+    graph = copy.deepcopy(traced)
     if option.form is not None:
-        matrices = [getattr(module, p).detach() for p in site.parameters]
+        matrices = [getattr(layer, p).detach() for p in site.parameters]
+        shapes = tuple((int(w.shape[0]), int(w.shape[1])) for w in matrices)
+        alone = Site(name="layer", kind="recurrent", layer=site.layer, parameters=site.parameters, shapes=shapes)
         codes = [option.form.nearest(w, Metric(diagonal_OI=torch.ones(1, w.shape[1]))) for w in matrices]
         lower(graph, {"layer": alone}, {"layer": codes}, {"layer": option.activations}, lower_recurrent)
     return graph
+
+
+@lru_cache(maxsize=8)
+def _traced(
+    kind: str, inputs: int, units: int, settings: tuple[Any, ...], shape: tuple[int, ...]
+) -> tuple[nn.Module, Graph]:
+    """A fresh layer of that size and its graph: tracing takes a second, all options share it."""
+    with seeded(0):
+        layer: nn.Module = getattr(nn, kind)(inputs, units, *settings)
+    graph = export_graph(_Alone(layer), {"x": torch.zeros(shape)}, {"x": (0,)})
+    simplify(graph.graph)
+    return layer, graph
 
 
 class _Alone(nn.Module):

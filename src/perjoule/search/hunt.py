@@ -12,9 +12,11 @@ from typing import Any
 from perjoule.compress.apply import Compressed
 from perjoule.core import units
 from perjoule.core.progress import stage
+from perjoule.core.record import Recipe
 from perjoule.measure.forward import answers
 from perjoule.search import plan
 from perjoule.search.allocate import Allocation
+from perjoule.search.assist import answered_after
 from perjoule.search.menu import INT8_DYNAMIC, INT8_STATIC, INT8_WEIGHTS
 from perjoule.search.prospect import Prospect
 from perjoule.search.prove import ROUNDING
@@ -28,6 +30,15 @@ STEP = 5.0
 """Time of a distillation step over one forward pass: teacher, student, backward, projections, optimiser."""
 MARGIN = 0.1
 """Share of the allowed loss that the search leaves unspent: the verdict is read off other examples than it looks at."""
+
+
+AT_ONCE = "evaluations at once"
+"""Journal's key."""
+
+
+def _key(allocation: Allocation) -> str:
+    """The journal's, of an evaluation."""
+    return f"evaluate {hashlib.sha256(allocation.key.encode()).hexdigest()[:16]}"
 
 
 @dataclass(kw_only=True)
@@ -50,13 +61,13 @@ class Hunt:
         self.notes: list[str] = []
         self.keep = self.budget.keep + MARGIN * (1 - self.budget.keep) - ROUNDING
         self.seen = self._search()
+        self.session.crew.dismiss()
         self.listed = self._short_list(self.seen)
 
     def _apply(self, allocation: Allocation) -> Compressed:
         return self.prospect.applier.apply(recipe_of(allocation, self.prospect.groups, self.seed))
 
     def _search(self) -> list[Evaluated]:
-        batches = self.original.search_batches
         uniform: dict[str, Allocation] = {}
         for name, current in self.plans.items():
             for option in (INT8_WEIGHTS, INT8_STATIC, INT8_DYNAMIC):
@@ -65,17 +76,36 @@ class Hunt:
                 if same.key != allocation.key:  # this runtime cannot run what the other can
                     uniform[f"{option.name} for {name}"] = allocation
 
+        crew, applier = self.session.crew, self.prospect.applier
+        about = {
+            "sites": [x.name for x in self.prospect.sites],
+            "groups": [g.name for g in self.prospect.groups],
+            "objective": self.budget.objective,
+        }
+        ready: dict[str, list[float]] = {}
+        waiting: list[Allocation] = []
+
+        def ahead(batch: Sequence[Allocation]) -> None:
+            waiting[:] = [a for a in batch if _key(a) not in self.session.journal]
+
+        def work(recipe: Recipe) -> list[float]:
+            return answered_after(applier, recipe, self.original)
+
         def evaluate(allocation: Allocation, label: str) -> Evaluated:
             def judged() -> Any:
-                compressed = self._apply(allocation)
-                relative, distance = self.original.judge.search_half(answers(compressed.model, batches).numpy())
+                if allocation.key not in ready:  # with all that wait, over all ranks
+                    recipes = [recipe_of(a, self.prospect.groups, self.seed) for a in waiting]
+                    ready.update(zip((a.key for a in waiting), crew.ask("evaluate", recipes, work, about), strict=True))
+                relative, distance = ready.pop(allocation.key)
                 return {"relative": relative, "distance": distance}
 
-            key = hashlib.sha256(allocation.key.encode()).hexdigest()[:16]
-            found = self.session.once(f"evaluate {key}", judged)
+            found = self.session.once(_key(allocation), judged)
             step()
             return Evaluated(allocation=allocation, label=label, distance=found["distance"], relative=found["relative"])
 
+        at_once = 1
+        if crew.size > 1 or AT_ONCE in self.session.journal:  # a resumed run proposes as many as it did
+            at_once = self.session.once(AT_ONCE, lambda: crew.size)
         with stage(self.progress, "search: allocate, evaluate, correct", self.prospect.evaluations) as step:
             return refine(
                 [p.problem for p in self.plans.values()],
@@ -83,6 +113,8 @@ class Hunt:
                 evaluate,
                 keep=self.keep,
                 evaluations=self.prospect.evaluations,
+                at_once=at_once,
+                ahead=ahead,
             )
 
     def _short_list(self, seen: Sequence[Evaluated]) -> list[Entry]:

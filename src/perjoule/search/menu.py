@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from perjoule.compress.forms import Codebook, Form, Grid, LowRank, Sparse
 from perjoule.compress.groups import Group
 from perjoule.compress.sites import Site
+from perjoule.compress.structure.depth import Drop
 from perjoule.core.budget import Objective
 
 WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
@@ -17,18 +19,20 @@ SMALL = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One way to treat one site; `form` None leaves it as it is."""
+    """One way to treat one site; `form` None leaves it as it is, or out with the block `drop`."""
 
     name: str
     form: Form | None
     saliency: str = "identity"
     fit: str = "nearest"
+    drop: Drop | None = None
+    """The block that goes, and this site with it."""
 
     @property
     def family(self) -> str:
         """Options of one family share one correction of their predicted damage."""
         if self.form is None:
-            return "none"
+            return "none" if self.drop is None else "depth"
         if isinstance(self.form, Grid):
             return f"grid{self.form.bits}-{self.form.activations}"
         return type(self.form).__name__.lower()
@@ -38,11 +42,13 @@ class Option:
         return self.form.activations if isinstance(self.form, Grid) else "none"
 
     def describe(self) -> str:
+        if self.drop is not None:
+            return f"left out with {self.drop.block}"
         return self.form.describe() if self.form is not None else "as it is"
 
 
 KEEP = Option(name="keep", form=None)
-_SECOND = {"saliency": "second_order", "fit": "second_order"}
+_SECOND: dict[str, Any] = {"saliency": "second_order", "fit": "second_order"}
 
 INT8_DYNAMIC = Option(name="int8-dynamic", form=Grid(activations="dynamic"))
 INT8_STATIC = Option(name="int8-static", form=Grid(activations="static", ranges="mse"))
@@ -78,6 +84,11 @@ def options(site: Site, objective: Objective = "energy") -> list[Option]:
         if min(rows, columns) >= 64:
             found.append(LOW_RANK)
     return [*found, *COMPACT] if objective == "size" else found
+
+
+def without(drop: Drop) -> Option:
+    """The option of every site in a block that goes."""
+    return Option(name=f"without {drop.block}", form=None, drop=drop)
 
 
 def widths(group: Group) -> list[int]:

@@ -5,6 +5,8 @@
 
 Every finished piece of work is in the journal before the next one starts, so a run killed at any moment goes on with
 `resume=True` to the same answer: what was measured or evaluated is not measured or evaluated again.
+
+Over several processes (train/spread.py) rank 0 runs this, and the others `assist` it.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ from perjoule.core.result import Result
 from perjoule.core.workload import Workload, load
 from perjoule.export.runtimes import RUNTIMES, Runtime
 from perjoule.measure.meter import Meter
+from perjoule.search.assist import Helper
+from perjoule.search.crew import Crew
 from perjoule.search.run import Run
 from perjoule.search.session import Session
 from perjoule.search.settings import Settings
+from perjoule.train.spread import Spread
 
 TARGETS = ("cpu", *RUNTIMES)
 
@@ -43,6 +48,7 @@ def optimize(
     command: str = "",
     progress: Progress | None = None,
     report: Callable[[Result, Path], None] | None = None,
+    spread: Spread | None = None,
 ) -> Result:
     """The cheapest proven version of `workload` within `budget`; everything about it in folder `out`.
 
@@ -58,11 +64,13 @@ def optimize(
         command: what a person would type to repeat the run; shown in the report.
         progress: told about stages and steps.
         report: writes the report of the result into the folder.
+        spread: the processes of a launcher, of which this is rank 0; the others call `assist` instead.
 
     Raises:
         WorkloadError, BudgetError, UnknownName, JournalError, CannotFit, DiskFull: one clear line each.
     """
-    folder = Path(out)
+    folder, spread = Path(out), spread or Spread.alone()
+    assert spread.first
     budget = budget or Budget()
     settings = settings or Settings()
     runtimes = _runtimes(target)
@@ -79,14 +87,27 @@ def optimize(
         "evaluations": evaluations,
         "seed": seed,
     }
-    with Journal(folder / "journal.jsonl", run, resume=resume) as journal, Meter() as meter:
-        session = Session(journal, meter, progress or Silent())
+    with Journal(folder / "journal.jsonl", run, resume=resume) as journal, Meter(pids=spread.here) as meter:
+        session = Session(journal, meter, progress or Silent(), Crew(spread))
         work = Run(workload, budget, folder, runtimes, evaluations, seed, settings, command, session)
         result = work.finish()
         write_json(folder / "result.json", to_json(result))
         if report is not None:
             report(result, folder / "report.html")
     return result
+
+
+def assist(
+    workload: Workload | str,
+    budget: Budget | None = None,
+    *,
+    spread: Spread,
+    seed: int = 0,
+    settings: Settings | None = None,
+) -> None:
+    """What ranks other than 0 do while rank 0 is in `optimize` with the same arguments; they write nothing."""
+    workload = load(workload) if isinstance(workload, str) else workload
+    Helper(workload, budget or Budget(), seed, settings or Settings(), spread).serve()
 
 
 def _runtimes(target: str) -> list[type[Runtime]]:

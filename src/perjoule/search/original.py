@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from perjoule.compress import cells, stream
 from perjoule.compress import groups as grouping
 from perjoule.compress import sites as siting
 from perjoule.compress.apply import Compressed
@@ -27,25 +28,62 @@ from perjoule.measure.forward import answers
 from perjoule.search.judge import Judge
 from perjoule.search.prove import Prover
 from perjoule.search.session import Session
+from perjoule.search.settings import Settings
 
 
-class Original:
-    """Its answers, sites, channel groups, graph, exported file, bytes and count."""
+class Known:
+    """The original as every process of a search knows it: its answers, sites, channel groups and statistics."""
 
-    def __init__(self, workload: Workload, folder: Path, session: Session, budget: Budget) -> None:
+    def __init__(self, workload: Workload) -> None:
         refuse_nan(workload.model)
         self.workload = replace(workload, model=copy.deepcopy(workload.model).eval())
         self.model: nn.Module = self.workload.model
+        self.judge: Judge
+
+    def find(self) -> None:
+        """The sites, and the groups of channels that hang together."""
+        self.sites, self.untreated = siting.find(self.model)
+        program = grouping.trace(self.model, self.workload.example)
+        self.groups, self.uncut = grouping.find(program, self.model, self.sites)
+
+    def calibration(self, settings: Settings) -> list[Mapping[str, Any]]:
+        """The batches whose statistics are gathered."""
+        chosen, examples = [], 0
+        for batch in self.workload.calibration:
+            chosen.append(batch)
+            examples += len(next(iter(batch.values())))
+            if examples >= settings.calibration_examples:
+                break
+        return chosen
+
+    def statistics(self, batches: Sequence[Mapping[str, Any]], seed: int) -> tuple[stream.Sensed, dict[str, Any]]:
+        """What every site sees, and what the answer owes to it."""
+        sensed = stream.gradients(self.model, self.sites, batches, seed)
+        stats: dict[str, Any] = {}
+        for group in stream.inputs(self.model, self.sites, batches, sensed):
+            stats.update(group)
+        return sensed, stats | cells.states(self.model, self.sites, batches)
+
+    @property
+    def search_batches(self) -> list[Mapping[str, Any]]:
+        """The evaluation batches the search needs: all, or only the half it may look at."""
+        return list(self.workload.evaluation) if self.judge.needs_all else every_other(self.workload.evaluation, 0)
+
+
+class Original(Known):
+    """And what rank 0 alone needs: its graph, exported file, bytes and count."""
+
+    def __init__(self, workload: Workload, folder: Path, session: Session, budget: Budget) -> None:
+        super().__init__(workload)
         self.requests = requests_of(self.workload)
         with stage(session.progress, "original: answers, trace, export", 3) as step:
             start = time.perf_counter()
             self.reference = session.again("reference", lambda: answers(self.model, self.workload.evaluation).numpy())
             self.forward_s = (time.perf_counter() - start) / len(self.workload.evaluation)
             self.judge = Judge(self.workload, self.reference, budget)
+            session.crew.meet(self.model, self.reference)
             step()
-            self.sites, self.untreated = siting.find(self.model)
-            program = grouping.trace(self.model, self.workload.example)
-            self.groups, self.uncut = grouping.find(program, self.model, self.sites)
+            self.find()
             step()
             graph = lowered(Compressed(model=self.model), self.workload.example, self.workload.dynamic)
             self.as_is = write(graph, folder / "versions" / "as-is.onnx")
@@ -63,11 +101,6 @@ class Original:
     def _verdict_batches(self) -> list[Mapping[str, Any]]:
         """What files are judged on: all, or only the half the search does not look at."""
         return list(self.workload.evaluation) if self.judge.needs_all else every_other(self.workload.evaluation, 1)
-
-    @property
-    def search_batches(self) -> list[Mapping[str, Any]]:
-        """The evaluation batches the search needs: all, or only the half it may look at."""
-        return list(self.workload.evaluation) if self.judge.needs_all else every_other(self.workload.evaluation, 0)
 
 
 def every_other(batches: Sequence[Mapping[str, Any]], first: int) -> list[Mapping[str, Any]]:

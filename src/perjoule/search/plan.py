@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from perjoule.compress.sites import Site
 from perjoule.compress.structure.cut import Slot
 from perjoule.core.budget import Budget, Objective
 from perjoule.core.errors import BudgetError
+from perjoule.search import blocks
 from perjoule.search.allocate import Allocation, Choice, Link, Value
 from perjoule.search.cost import CostTable, container_bytes
 from perjoule.search.menu import INT8_WEIGHTS, KEEP, Option, options, widths
@@ -21,6 +23,10 @@ from perjoule.search.sensitivity import Damages
 
 BYTES_WEIGH = 1e-3
 """How much the whole file weighs against the whole energy when energy is the objective: enough to break ties."""
+_INSIDE = re.compile(r"\.weight_(hh_l\d+|ih_l[1-9]\d*)(_reverse)?$")
+"""Weights of a recurrent layer that read its own units: from the step before, or in the layer above."""
+Shapes = tuple[tuple[int, int], ...]
+"""Rows and columns of every matrix of a site."""
 CONTAINER = 1.25
 """Room left for names and shape constants that grow with what is done, over the container of the file as it is."""
 
@@ -40,6 +46,8 @@ class Baseline:
     """Of the original's own file."""
     vectors: Mapping[str, int]
     """By first producer of a channel group: stored numbers per channel beside the weights, as `vectors_beside` says."""
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that go with each block, as `blocks.bytes_of` says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +79,7 @@ def menus_for(
 ) -> dict[str, list[Choice]]:
     """All choices of all sites for one runtime; costs are measured as they are asked for."""
     produced = {name: g for g in groups for name in g.producers}
-    consumed = {name: g for g in groups for name in g.consumers}
+    consumed = {name: g for g in groups for name in readers(g)}
     labels = _timed(list(baseline.seconds))
     menus: dict[str, list[Choice]] = {}
     for site in sites:
@@ -81,7 +89,7 @@ def menus_for(
             if option.name not in damages.of_option[site.name]:
                 continue
             ways = [
-                (wide_in, wide_out, *cut)
+                (wide_in, wide_out, cut)
                 for wide_in in (widths(group_in) if group_in else [0])
                 for wide_out in (widths(group_out) if group_out else [0])
                 if group_in is None or group_in is not group_out or wide_in == wide_out
@@ -90,11 +98,11 @@ def menus_for(
             if not ways:
                 continue
             seconds = {
-                label: _surface(model, site, option, shapes[site.name][label], [w[2:] for w in ways], table)
+                label: _surface(model, site, option, shapes[site.name][label], [w[2] for w in ways], table)
                 for label in labels
             }
-            for wide_in, wide_out, rows, columns in ways:
-                found = {label: seconds[label][rows, columns] for label in labels}
+            for wide_in, wide_out, cut in ways:
+                found = {label: seconds[label][cut] for label in labels}
                 if any(math.isinf(s) for s in found.values()):
                     continue
                 menu.append(
@@ -105,7 +113,7 @@ def menus_for(
                         width_out=wide_out,
                         damage=damages.of_option[site.name][option.name],
                         damage_width=_once(site, group_in, damages, wide_in),
-                        nbytes=_nbytes(site, option, rows, columns) + 4 * wide_out * baseline.vectors.get(site.name, 0),
+                        nbytes=_nbytes(option, cut) + 4 * wide_out * baseline.vectors.get(site.name, 0),
                         cost=sum(s / baseline.runtime_seconds[k] for k, s in found.items()) / len(labels),
                         latency_s=found[labels[0]],
                         container=container_bytes(option) if site.kind != "recurrent" else 0,
@@ -113,6 +121,10 @@ def menus_for(
                 )
         menus[site.name] = menu
         progress()
+    for drop in damages.drops:
+        kept = {name: _as_it_is(menus[name]).nbytes for name in blocks.within(drop.block, menus)}
+        for choice in blocks.choices(drop, kept, baseline.blocks[drop.block]):
+            menus[choice.site].append(choice)
     return menus
 
 
@@ -121,26 +133,36 @@ def _surface(
     site: Site,
     option: Option,
     shape: tuple[int, ...],
-    sizes: Sequence[tuple[int, int]],
+    cuts: Sequence[Shapes],
     table: CostTable,
-) -> dict[tuple[int, int], float]:
-    """Seconds for every size, measured at the corners and bilinear between: products cost a + b rows columns."""
+) -> dict[Shapes, float]:
+    """Seconds for every size, measured at the corners and bilinear between: products cost a + b rows columns.
+
+    Of a recurrent layer rows are units. Between two numbers of units its seconds follow its multiply-adds.
+    """
 
     def corner(rows: int, columns: int) -> float:
         return table.of(model, site, option, _shape(site, shape, columns), rows, columns)
 
-    (r0, r1), (c0, c1) = ((min(v), max(v)) for v in zip(*sizes, strict=True))
+    sizes = {cut: _size(site, cut) for cut in cuts}
+    (r0, r1), (c0, c1) = ((min(v), max(v)) for v in zip(*sizes.values(), strict=True))
     at = {(r, c): corner(r, c) for r in {r0, r1} for c in {c0, c1}}
     if any(math.isinf(v) for v in at.values()):
-        return dict.fromkeys(sizes, math.inf)
+        return dict.fromkeys(cuts, math.inf)
+    work = {rows: sum(o * i for o, i in cut) for cut, (rows, columns) in sizes.items() if columns == c1}
     found = {}
-    for rows, columns in sizes:
-        u = (rows - r0) / (r1 - r0) if r1 > r0 else 0.0
+    for cut, (rows, columns) in sizes.items():
+        u = (work[rows] - work[r0]) / (work[r1] - work[r0]) if r1 > r0 else 0.0
         v = (columns - c0) / (c1 - c0) if c1 > c0 else 0.0
         low = (1 - u) * at[r0, c0] + u * at[r1, c0]
         high = (1 - u) * at[r0, c1] + u * at[r1, c1]
-        found[rows, columns] = (1 - v) * low + v * high
+        found[cut] = (1 - v) * low + v * high
     return found
+
+
+def _size(site: Site, cut: Shapes) -> tuple[int, int]:
+    """Rows, or units, and columns of a cut site."""
+    return (cut[1][1] if site.kind == "recurrent" else cut[0][0]), cut[0][1]
 
 
 def _timed(labels: Sequence[str]) -> list[str]:
@@ -151,15 +173,16 @@ def _timed(labels: Sequence[str]) -> list[str]:
 def priced(groups: Sequence[Group], sites: Sequence[Site]) -> tuple[list[Group], list[str]]:
     """The groups that menus can express, and a line for each of the others.
 
-    Every member must be a linear or convolution site that takes part in no other group on the same side.
+    Every member must be a linear, convolution or recurrent site that takes part in no other group on the same side.
     """
-    plain = {s.name for s in sites if s.kind in ("linear", "conv")}
+    plain = {s.name for s in sites if s.kind != "table"}
+    units = {s.name for s in sites if s.kind == "recurrent"}
     taken: set[tuple[str, str]] = set()
     found, left = [], []
     for group in groups:
-        ends = {*(("out", n) for n in group.producers), *(("in", n) for n in group.consumers)}
+        ends = {*(("out", n) for n in group.producers), *(("in", n) for n in readers(group))}
         strange = [s.module for s in group.slots if s.module not in plain and (s.role != "along" or _matrix(s))]
-        if strange or group.strands > 1:
+        if strange or (group.strands > 1 and not units.issuperset(group.producers)) or not readers(group):
             left.append(f"channels of {group.name} are not cut: {(strange or ['its layer'])[0]} has no price by width")
         elif ends & taken:
             other = min(name for _, name in ends & taken)
@@ -170,6 +193,12 @@ def priced(groups: Sequence[Group], sites: Sequence[Site]) -> tuple[list[Group],
     return found, left
 
 
+def readers(group: Group) -> list[str]:
+    """Modules into which the group enters; a recurrent layer that only hears its own units is none."""
+    own = [s for s in group.slots if s.role == "reads" and not _INSIDE.search(s.parameter)]
+    return list(dict.fromkeys(s.module for s in own))
+
+
 def _matrix(slot: Slot) -> bool:
     """Whether a weight that goes along is more than a vector: a depth-wise filter."""
     return slot.role == "along" and slot.rank > 1
@@ -177,7 +206,7 @@ def _matrix(slot: Slot) -> bool:
 
 def _once(site: Site, group: Group | None, damages: Damages, width: int) -> float:
     """The damage of a width, at the group's first reader only: it is that of all of them."""
-    return damages.of_width[group.name][width] if group is not None and site.name == group.consumer else 0.0
+    return damages.of_width[group.name][width] if group is not None and site.name == readers(group)[0] else 0.0
 
 
 def _cut(
@@ -188,28 +217,26 @@ def _cut(
     wide_in: int,
     group_out: Group | None,
     wide_out: int,
-) -> tuple[int, int] | None:
-    """Rows and columns of the cut site; None where the option does not fit them."""
-    if site.kind == "recurrent":
-        return site.shape
-    rows, columns = site.shape
-    name = f"{site.name}.weight" if site.name else "weight"
-    written = group_out.slot(name, "writes") if group_out is not None else None
-    if group_out is not None and written is not None:
-        rows -= written.each * (group_out.channels - wide_out)
-    read = group_in.slot(name, "reads") if group_in is not None else None
-    if group_in is not None and read is not None:
-        kernel = columns // len(site.module(model).weight[0])  # type: ignore[index]
-        columns -= kernel * read.each * (group_in.channels - wide_in)
-    group = getattr(option.form, "group", None)
-    if group and columns % group:
+) -> Shapes | None:
+    """Shapes of the cut site; None where the option does not fit them."""
+    sizes = [list(shape) for shape in site.shapes]
+    at = {f"{site.name}.{p}" if site.name else p: n for n, p in enumerate(site.parameters)}
+    for group, wide in dict.fromkeys([(group_in, wide_in), (group_out, wide_out)]):
+        for slot in group.slots if group is not None else ():
+            number = at.get(slot.parameter)
+            if group is not None and number is not None and slot.rank > 1:
+                weight = getattr(site.module(model), site.parameters[number])
+                each = slot.each * (site.shapes[number][1] // weight.shape[1] if slot.axis else 1)
+                sizes[number][slot.axis] -= each * (group.channels - wide)
+    columns, grouped = sizes[0][1], getattr(option.form, "group", None)
+    if site.kind != "recurrent" and grouped and columns % grouped:
         return None
-    return rows, columns
+    return tuple((rows, columns) for rows, columns in sizes)
 
 
 def _shape(site: Site, shape: tuple[int, ...], columns: int) -> tuple[int, ...]:
     """The input's shape after the channels before it were cut."""
-    if site.kind == "linear":
+    if site.kind in ("linear", "recurrent"):
         return (*shape[:-1], columns)
     if site.kind == "conv":
         kernel = site.shape[1] // shape[1]
@@ -217,11 +244,8 @@ def _shape(site: Site, shape: tuple[int, ...], columns: int) -> tuple[int, ...]:
     return shape
 
 
-def _nbytes(site: Site, option: Option, rows: int, columns: int) -> int:
-    if option.form is None:
-        return 4 * (site.weights if site.kind == "recurrent" else rows * columns)
-    shapes = site.shapes if site.kind == "recurrent" else ((rows, columns),)
-    return sum(option.form.nbytes(o, i) for o, i in shapes)
+def _nbytes(option: Option, cut: Shapes) -> int:
+    return sum(4 * o * i if option.form is None else option.form.nbytes(o, i) for o, i in cut)
 
 
 def _on_disk(choice: Choice) -> float:
@@ -266,7 +290,7 @@ def plan_for(
     links = [
         Link(producer=p, consumer=c)
         for g in groups
-        for p, c in [*((p, g.consumer) for p in g.producers), *((g.producer, c) for c in g.consumers[1:])]
+        for p, c in [*((p, readers(g)[0]) for p in g.producers), *((g.producer, c) for c in readers(g)[1:])]
     ]
     problem = Problem(runtime=runtime, menus=menus, links=links, minimise=minimise, limits=limits)
     return Plan(problem=problem, kept_cost=kept_cost, baseline=baseline)

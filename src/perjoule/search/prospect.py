@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from perjoule.compress import stream
 from perjoule.compress.apply import Applier, Compressed
 from perjoule.compress.sites import Site
+from perjoule.compress.structure.depth import Drop
 from perjoule.core.budget import Budget
 from perjoule.core.codec import from_json, to_json
 from perjoule.core.errors import ExportError, WorkloadError
@@ -22,7 +24,7 @@ from perjoule.core.progress import stage
 from perjoule.core.record import Untreated
 from perjoule.export.runtimes import Runtime
 from perjoule.measure.paired import Window
-from perjoule.search import cost, plan, preflight, prove, sensitivity
+from perjoule.search import blocks, cost, plan, preflight, prove, sensitivity
 from perjoule.search.menu import KEEP, options
 from perjoule.search.original import Original
 from perjoule.search.recipe import vectors_beside
@@ -65,36 +67,20 @@ class Prospect:
             statistics_bytes=float(min(seconds, stream.LIMIT_BYTES)),
             forward_s=self.original.forward_s,
             evaluation_batches=len(self.workload.evaluation),
-            calibration_batches=len(self._calibration()),
+            calibration_batches=len(self.original.calibration(self.settings)),
             evaluations=self.evaluations,
             repair_s=2 * self.settings.repair_s,
             power_w=self.session.meter.reading.power_w,
         )
+        wanted = replace(wanted, memory_bytes=wanted.memory_bytes * self.session.crew.here)
         self.progress.say(f"pre-flight: {wanted.describe()}")
         preflight.refuse_what_cannot_fit(wanted, self.folder)
 
-    def _calibration(self) -> list[Mapping[str, Any]]:
-        chosen, examples = [], 0
-        for batch in self.workload.calibration:
-            chosen.append(batch)
-            examples += len(next(iter(batch.values())))
-            if examples >= self.settings.calibration_examples:
-                break
-        return chosen
-
     def _calibrate(self) -> None:
         _refuse_nothing(self.original.sites)
-        batches = self._calibration()
-
-        def gather() -> tuple[stream.Sensed, dict[str, Any]]:
-            sensed = stream.gradients(self.model, self.original.sites, batches, self.seed)
-            stats: dict[str, Any] = {}
-            for group in stream.inputs(self.model, self.original.sites, batches, sensed):
-                stats.update(group)
-            return sensed, stats
-
+        batches = self.original.calibration(self.settings)
         self.progress.begin("calibration: what every layer sees", 1)
-        self.sensed, self.stats = self.session.again("calibrate", gather)
+        self.sensed, self.stats = self.session.again("calibrate", lambda: self.original.statistics(batches, self.seed))
         self.progress.step()
         if not math.isfinite(self.sensed.output_square):
             raise WorkloadError("the model answers NaN or infinity to the calibration data; check them")
@@ -127,11 +113,15 @@ class Prospect:
                     self.seed,
                     self.budget.objective,
                     step,
+                    self.session.crew,
                 )
             return to_json(found)
 
         stored = self.session.once("sensitivity", assess)
+        drops, left = blocks.apart([from_json(Drop, d) for d in stored["drops"]], self.groups, self.sites)
+        self.notes += left
         self.damages = sensitivity.Damages(
+            drops=drops,
             of_option=stored["of_option"],
             of_width={g: {int(w): d for w, d in widths.items()} for g, widths in stored["of_width"].items()},
             refused=stored["refused"],
@@ -155,11 +145,12 @@ class Prospect:
             with stage(self.progress, "runtimes: the original as it is", 3) as step:
                 versions = [(f"{n}/{t}", self.original.as_is.path, n, t) for n, t in usable]
                 windows = self.original.prover.measure(
-                    versions, rounds=3, window_s=self.settings.window_s / 2, step=step
+                    versions, rounds=3, window_s=self.settings.window_s / 2, step=step, originals=eager
                 )
             return to_json(windows)
 
-        windows = [from_json(Window, w) for w in self.session.once("runtimes", trial)]
+        eager = {f"{prove.ORIGINAL}/{t}": t for t in dict.fromkeys((self.cores, 1))}
+        windows = [from_json(Window, w) for w in self.session.once("runtimes and threads", trial)]
 
         def seconds(name: str) -> dict[str, float]:
             return {
@@ -168,10 +159,13 @@ class Prospect:
             }
 
         def joules(name: str) -> float:
-            return float(np.mean([w.energy_j.value / seconds(prove.ORIGINAL)[w.request] for w in windows
+            return float(np.mean([w.energy_j.value / self.eager_s[w.request] for w in windows
                                   if w.contestant == name]))  # fmt: skip
 
-        self.eager_s = seconds(prove.ORIGINAL)
+        # the original gets the threads it is fastest with, as a careful person would run it
+        ways_s = {t: seconds(way) for way, t in eager.items()}
+        self.original.prover.threads = min(ways_s, key=lambda t: sum(math.log(s) for s in ways_s[t].values()))
+        self.eager_s = ways_s[self.original.prover.threads]
         self.runtime_s: dict[str, dict[str, float]] = {}
         for name in dict.fromkeys(n for n, _ in usable):
             by_threads = {t: f"{name}/{t}" for n, t in usable if n == name}
@@ -203,6 +197,7 @@ class Prospect:
                 container=self.original.as_is.container_bytes,
                 size_bytes=self.original.size_bytes,
                 vectors=vectors_beside(self.original.prover.original, self.groups),
+                blocks=blocks.bytes_of(self.original.prover.original, self.damages.drops),
             )
             table = cost.CostTable(runtime=runtime, threads=self.threads[runtime.name])
 

@@ -53,23 +53,28 @@ UNSTEADY = 3.0
 
 
 class Eager:
-    """The original as it is, in this process."""
+    """The original as it is, in this process, with as many threads as it is given."""
 
-    name = ORIGINAL
-
-    def __init__(self, model: nn.Module, requests: Mapping[str, Mapping[str, Any]]) -> None:
-        self._model, self._requests = model, requests
+    def __init__(
+        self, model: nn.Module, requests: Mapping[str, Mapping[str, Any]], threads: int, name: str = ORIGINAL
+    ) -> None:
+        self._model, self._requests, self._threads, self.name = model, requests, threads, name
 
     def run(self, request: str, seconds: float) -> tuple[int, float]:
-        batch = self._requests[request]
-        count, start = 0, time.perf_counter()
-        with torch.inference_mode():
-            while True:
-                answer(self._model, batch)
-                count += 1
-                spent = time.perf_counter() - start
-                if count >= 2 and spent >= seconds:
-                    return count, spent
+        batch, before = self._requests[request], torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            with torch.inference_mode():
+                answer(self._model, batch)  # threads start, or stop
+                count, start = 0, time.perf_counter()
+                while True:
+                    answer(self._model, batch)
+                    count += 1
+                    spent = time.perf_counter() - start
+                    if count >= 2 and spent >= seconds:
+                        return count, spent
+        finally:
+            torch.set_num_threads(before)
 
 
 @dataclass(kw_only=True)
@@ -101,6 +106,8 @@ class Prover:
     ) -> None:
         self.workload, self.original, self.sites, self.judge = workload, original, sites, judge
         self.requests, self.folder = requests, folder
+        self.threads = torch.get_num_threads()
+        """That the original is measured with."""
         self.requests_file = folder / "work" / "requests.npz"
         self.examples_file = folder / "work" / "evaluation.npz"
         self.requests_file.parent.mkdir(parents=True, exist_ok=True)
@@ -138,10 +145,17 @@ class Prover:
         rounds: int,
         window_s: float,
         step: Callable[[], None],
+        originals: Mapping[str, int] | None = None,
     ) -> list[Window]:
-        """Interleaved rounds of the original and of (name, file, runtime, threads)."""
+        """Interleaved rounds of the original and of (name, file, runtime, threads).
+
+        `originals` are names and threads of the original where it is tried in several ways.
+        """
+        tried = originals or {ORIGINAL: self.threads}
         with ExitStack() as stack:
-            contestants: list[Contestant] = [Eager(self.workload.model, self.requests)]
+            contestants: list[Contestant] = [
+                Eager(self.workload.model, self.requests, threads, name) for name, threads in tried.items()
+            ]
             workers = [
                 stack.enter_context(Worker(name, path, runtime_name, threads, self.requests_file))
                 for name, path, runtime_name, threads in versions
@@ -223,7 +237,8 @@ def coverage_of(
         for s in compressed.sites.values()
         if s.name not in by_site and s.name.rpartition(".")[0] not in by_site
     ]
-    return Coverage(treated=tuple(treated), untreated=(*stayed, *untreated))
+    left = (u for u in untreated if u.site not in by_site)  # a norm that went with its block is no longer there
+    return Coverage(treated=tuple(treated), untreated=(*stayed, *left))
 
 
 def mean_ratio(point: Point) -> float:

@@ -5,6 +5,9 @@ one factor per family of methods is refitted to all that was seen (least squares
 the allocation is solved again, and the damage ceiling is bisected towards the budget's quality - until the budget of
 evaluations is spent. Uniform settings are evaluated first: the search can only be better than what a person does by
 hand, never worse.
+
+Several at once, for as many processes: allocations of one problem at ceilings that cut the interval into equal parts.
+That looks at less before each choice than one by one: the same number of evaluations may end a little further away.
 """
 
 from __future__ import annotations
@@ -90,36 +93,46 @@ def refine(
     *,
     keep: float,
     evaluations: int,
+    at_once: int = 1,
+    ahead: Callable[[Sequence[Allocation]], None] = lambda batch: None,
 ) -> list[Evaluated]:
-    """Evaluate `start`, then allocations ever closer to the quality budget; all that was evaluated, in order."""
+    """Evaluate `start`, then allocations ever closer to the quality budget; all that was evaluated, in order.
+
+    `at_once` are proposed together; `ahead` hears of all that `evaluate` will be asked for before it is asked again.
+    """
     seen: list[Evaluated] = []
     known: set[str] = set()
 
-    def look(allocation: Allocation, label: str) -> Evaluated | None:
-        if allocation.key in known or len(seen) >= evaluations:
-            return None
-        known.add(allocation.key)
-        seen.append(evaluate(allocation, label))
-        return seen[-1]
+    def look(batch: Sequence[tuple[str, Allocation]]) -> None:
+        fresh: dict[str, tuple[str, Allocation]] = {}
+        for label, allocation in batch:
+            if allocation.key not in known:
+                fresh.setdefault(allocation.key, (label, allocation))
+        chosen = list(fresh.values())[: evaluations - len(seen)]
+        known.update(a.key for _, a in chosen)
+        ahead([a for _, a in chosen])
+        for label, allocation in chosen:
+            seen.append(evaluate(allocation, label))
 
-    for label, allocation in start:
-        look(allocation, label)
+    look(start)
     turn, idle = 0, 0
     while problems and len(seen) < evaluations and idle < 2 * len(problems):
         problem = problems[turn % len(problems)]
         turn += 1
         factors = correction(seen)
-        found = None
-        for ceiling in _ceilings(seen, keep):
+        proposals: dict[str, Allocation] = {}
+        for ceiling in _ceilings(seen, keep, at_once):
             proposed = problem.cheapest(ceiling, factors)
             if proposed is not None and proposed.key not in known:
-                found = look(proposed, f"search {len(seen) + 1}")
+                proposals.setdefault(proposed.key, proposed)
+            if len(proposals) == at_once:
                 break
-        idle = 0 if found else idle + 1
+        look([(f"search {len(seen) + n}", a) for n, a in enumerate(proposals.values(), start=1)])
+        idle = 0 if proposals else idle + 1
     return seen
 
 
-def _ceilings(seen: Sequence[Evaluated], keep: float) -> Iterator[float]:
+def _ceilings(seen: Sequence[Evaluated], keep: float, at_once: int = 1) -> Iterator[float]:
     """Damages to try next, between the largest distance that passed and the least that failed; the best guess first.
 
     The others are for the case that nothing new lies under it: options are few in small networks.
@@ -131,7 +144,9 @@ def _ceilings(seen: Sequence[Evaluated], keep: float) -> Iterator[float]:
     if high and high / max(low, 1e-12) < CLOSE:
         yield low
     elif low and high:
-        yield from (low ** (1 - share) * high**share for share in (0.5, 0.75, 0.25, 0.9))
+        parts = [n / (at_once + 1) for n in range(1, at_once + 1)]
+        shares = [*sorted(parts, key=lambda share: abs(share - 0.5)), 0.75, 0.25, 0.9]
+        yield from (low ** (1 - share) * high**share for share in shares)
     elif low:
         # for fidelity a distance of 2 (1 - keep) is the border; far below it, half of the way there in logarithms
         first = max(2 * low, math.sqrt(low * 2 * (1 - keep)))

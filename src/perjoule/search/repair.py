@@ -60,7 +60,7 @@ def repaired(
             progress=progress,
         )
         with replacing(stored) as beside:
-            save_file({k: v.contiguous().clone() for k, v in model.state_dict().items()}, beside)
+            save_file({k: v.cpu().contiguous().clone() for k, v in model.state_dict().items()}, beside)
     packed = dict(compressed.packed)
     for name, site in compressed.sites.items():
         if f"{name}.{site.parameters[0]}" in projections:
@@ -72,6 +72,7 @@ def repaired(
         sites=compressed.sites,
         records=compressed.records,
         recipe=replace(compressed.recipe, repair=repair),
+        structure=compressed.structure,
     )
 
 

@@ -60,6 +60,11 @@ class Run:
         self.prospect = Prospect(self.original, budget, runtimes, evaluations, seed, settings, folder, session)
         self.hunt = Hunt(self.prospect)
         self.notes = [*self.prospect.notes, *self.hunt.notes]
+        elsewhere = session.crew.elsewhere
+        if elsewhere:
+            self.notes.append(
+                f"{elsewhere} processes worked on other machines: their energy is not in what the run took"
+            )
 
     def finish(self) -> Result:
         """Prove the short list and conclude."""
@@ -87,7 +92,7 @@ class Run:
         windows = [from_json(Window, w) for w in self.session.once("measure", measured)]
         judgement = self.original.judge(self.original.reference, "verdict")
         original = prove.original_point(
-            windows, judgement, self.original.size_bytes, self.original.payload_bytes, self.prospect.cores
+            windows, judgement, self.original.size_bytes, self.original.payload_bytes, self.original.prover.threads
         )
         entries = {e.name: e for e in listed}
         points = []
@@ -163,7 +168,8 @@ class Run:
     # ---- the result
 
     def _result(self, points: Sequence[Point], original: Point, seen: Sequence[Evaluated]) -> Result:
-        self.notes += prove.unsteady(original)
+        busy = prove.unsteady(original)
+        self.notes += busy
         kept = [p for p in points if p.status == "kept"]
         best = min(kept, key=lambda p: self._measured_objective(p)) if kept else None
         if best is not None:
@@ -193,7 +199,7 @@ class Run:
             command=self.command,
             settings=to_json(self.settings),
         )
-        return replace(result, verdict=verdict_of(result, points))
+        return replace(result, verdict=verdict_of(result, points, busy=bool(busy)))
 
     def _measured_objective(self, point: Point) -> float:
         if self.budget.objective == "size":

@@ -8,7 +8,8 @@ order in the error, errors of different sites taken as independent. C is the cov
 mean is absorbed by the bias) or E[x xᵀ] where there is no bias, G_o the sum over an example's rows of the mean
 squared derivative of a random projection of the output.
 The input step is the uniform-noise model of rounding (Widrow & Kollar 2008, ch. 3).
-Recurrent sites are fused, so their damage is measured: one forward pass with the changed weights.
+Recurrent sites are fused, so their damage is measured: one forward pass with the changed weights. So is that of
+their units that go (at a few widths, linear between) and of a block that is left out: those are no small errors.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ from perjoule.compress.sites import Site
 from perjoule.compress.stream import Sensed, TableStatistics
 from perjoule.compress.structure import choice
 from perjoule.compress.structure.cut import Cutter
+from perjoule.compress.structure.depth import Drop, droppable
 from perjoule.core.budget import Objective
 from perjoule.core.errors import ConfigError
 from perjoule.core.record import Recipe, Step
 from perjoule.measure.forward import answers
+from perjoule.search.crew import Crew
 from perjoule.search.menu import Option, options, widths
+from perjoule.search.widths import measured
 
 
 @dataclass(kw_only=True)
@@ -44,6 +48,8 @@ class Damages:
     """By site, then option name."""
     of_width: dict[str, dict[int, float]] = field(default_factory=dict)
     """By group, then channels that stay."""
+    drops: list[Drop] = field(default_factory=list)
+    """Blocks that can go, each with its damage."""
     refused: dict[str, dict[str, str]] = field(default_factory=dict)
     """By site, then option name: why it cannot be used."""
 
@@ -58,29 +64,63 @@ def assess(
     seed: int,
     objective: Objective,
     progress: Callable[[], None],
+    crew: Crew | None = None,
 ) -> Damages:
-    """Damages of all options of all sites, and of all widths of all groups."""
-    found = Damages()
-    for site in sites:
-        module = site.module(model)
-        if site.kind == "recurrent":
-            found.of_option[site.name] = _recurrent(model, site, batches, seed)
-        else:
-            seen = stats[site.name]
-            centred = seen.centred() if isinstance(seen, Statistics) and module.bias is not None else seen
-            w_OI = site.matrices(model)[0]
-            per_option: dict[str, float] = {}
-            for option in options(site, objective):
-                try:
-                    per_option[option.name] = _damage(site, w_OI, option, centred, sensed, seed)
-                except (ConfigError, RuntimeError) as error:
-                    found.refused.setdefault(site.name, {})[option.name] = str(error)
-            found.of_option[site.name] = per_option
-        progress()
-    applier = Applier(model, sites, groups, stats)
-    for group in groups:
-        found.of_width[group.name] = _widths(applier, group, sensed)
+    """Damages of all options of all sites, of all widths of all groups, and of leaving out each block.
+
+    Sites and groups are dealt out over the ranks of `crew`.
+    """
+    crew = crew or Crew()
+    found = Damages(drops=droppable(model, batches))
+    work = Assessor(model, sites, groups, stats, sensed, batches, seed, objective)
+    names = {"sites": [s.name for s in sites], "groups": [g.name for g in groups], "objective": objective}
+    for name, made in zip(names["sites"], crew.ask("site", names["sites"], work.site, names, progress), strict=True):
+        found.of_option[name] = made["damages"]
+        if made["refused"]:
+            found.refused[name] = made["refused"]
+    for name, curve in zip(names["groups"], crew.ask("group", names["groups"], work.group, names), strict=True):
+        found.of_width[name] = {int(width): damage for width, damage in curve.items()}
     return found
+
+
+class Assessor:
+    """What one site or one group bears, for itself."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        groups: Sequence[Group],
+        stats: Mapping[str, Statistics | TableStatistics],
+        sensed: Sensed,
+        batches: Sequence[Mapping[str, Any]],
+        seed: int,
+        objective: Objective,
+    ) -> None:
+        self.model, self.stats, self.sensed, self.batches = model, stats, sensed, batches
+        self.seed, self.objective = seed, objective
+        self.applier = Applier(model, sites, groups, stats)
+
+    def site(self, name: str) -> dict[str, dict[str, Any]]:
+        """Its damages by option, and why others cannot be used."""
+        site = self.applier.sites[name]
+        if site.kind == "recurrent":
+            return {"damages": _recurrent(self.model, site, self.batches, self.seed), "refused": {}}
+        seen, module = self.stats[name], site.module(self.model)
+        centred = seen.centred() if isinstance(seen, Statistics) and module.bias is not None else seen
+        w_OI = site.matrices(self.model)[0]
+        damages, refused = {}, {}
+        for option in options(site, self.objective):
+            try:
+                damages[option.name] = _damage(site, w_OI, option, centred, self.sensed, self.seed)
+            except (ConfigError, RuntimeError) as error:
+                refused[option.name] = str(error)
+        return {"damages": damages, "refused": refused}
+
+    def group(self, name: str) -> dict[str, float]:
+        """Damages by the number of channels that stay."""
+        found = _widths(self.applier, self.applier.groups[name], self.sensed, self.batches)
+        return {str(width): damage for width, damage in found.items()}
 
 
 def _error(e_OI: Tensor, site: Site, w_OI: Tensor, seen: Statistics | TableStatistics, sensed: Sensed) -> float:
@@ -103,12 +143,16 @@ def _rounded_inputs(option: Option, w_OI: Tensor, seen: Statistics | TableStatis
     if not isinstance(option.form, Grid) or option.form.activations == "none" or not isinstance(seen, Statistics):
         return 0.0
     square = seen.step2 / 12 if option.form.activations == "dynamic" else seen.rounding(option.form.ranges)
-    g_O = seen.g_O if seen.g_O is not None else torch.ones(w_OI.shape[0])
+    g_O = seen.g_O if seen.g_O is not None else torch.ones(w_OI.shape[0], device=w_OI.device)
     return square * float(g_O @ w_OI.square().sum(1)) / max(sensed.output_square, 1e-30)
 
 
-def _widths(applier: Applier, group: Group, sensed: Sensed) -> dict[int, float]:
-    """Of all layers that read the group together."""
+def _widths(applier: Applier, group: Group, sensed: Sensed, batches: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Of all layers that read the group together; where gates do, by running the cut network at a few widths."""
+    recurrent = {s.name for s in applier.sites.values() if s.kind == "recurrent"}
+    if recurrent & {s.module for s in group.slots}:
+        curve = measured(applier, [group], batches)[group.name]
+        return {k: float(curve[k]) for k in widths(group)}
     model, cutter = applier.model, Cutter(applier.model)
     found = choice.readers(group, model, applier.sites, cutter)
     errors = choice.errors(group, model, found, applier.metric, cutter)

@@ -1,4 +1,4 @@
-"""Session: one run's journal, meter and progress. Work done through it is remembered, and its joules are booked."""
+"""Session: one run's journal, meter, progress, crew. Work done through it is remembered, and its joules are booked."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from perjoule.core.journal import Journal
 from perjoule.core.progress import Progress
 from perjoule.core.reading import Estimate, Reading
 from perjoule.measure.meter import Meter
+from perjoule.search.crew import Crew
 
 
 class Session:
     """Use inside the journal's and the meter's own `with` blocks."""
 
-    def __init__(self, journal: Journal, meter: Meter, progress: Progress) -> None:
+    def __init__(self, journal: Journal, meter: Meter, progress: Progress, crew: Crew | None = None) -> None:
         self.journal, self.meter, self.progress = journal, meter, progress
+        self.crew = crew or Crew()
         self._spent: list[Reading] = []
 
     def once(self, key: str, compute: Callable[[], Any]) -> Any:

@@ -9,9 +9,11 @@ from perjoule.core.budget import Budget
 from perjoule.core.reading import Estimate
 from perjoule.core.result import Point, Result
 
+BUSY = " The machine was busy: repeat it on a quiet one before you believe ratios."
 
-def verdict_of(result: Result, points: Sequence[Point]) -> str:
-    """One sentence: what the best version saves and keeps, or why there is none."""
+
+def verdict_of(result: Result, points: Sequence[Point], *, busy: bool) -> str:
+    """One sentence: what the best version saves and keeps, or why there is none; another if the machine was `busy`."""
     best = result.best
     if best is None:
         nearest = max(points, key=lambda p: p.quality_relative.value, default=None)
@@ -28,7 +30,7 @@ def verdict_of(result: Result, points: Sequence[Point]) -> str:
     return (
         f"{result.workload} in {best.runtime} {energy}, answers {' and '.join(speeds)}, its file is"
         f" {units.times(smaller)} smaller, and it keeps {units.percent(best.quality_relative.value)} of its"
-        f" {result.quality_name}{_unsure(best.quality_relative, result.budget)}."
+        f" {result.quality_name}{_unsure(best.quality_relative, result.budget)}.{BUSY if busy else ''}"
     )
 
 

@@ -73,7 +73,7 @@ def prune_gradually(
 
     def project(w: Tensor, value: float) -> Tensor:
         kept = max(1, round((1 - value) * w.numel()))
-        mask = torch.zeros(w.numel(), dtype=torch.bool)
+        mask = torch.zeros(w.numel(), dtype=torch.bool, device=w.device)
         mask[w.abs().flatten().topk(kept).indices] = True
         return torch.where(mask.reshape(w.shape), w, torch.zeros((), dtype=w.dtype))
 

@@ -78,8 +78,9 @@ class _Beside(nn.Module):
         super().__init__()
         w_OI = w.flatten(1)
         self.scale = scale / rank
-        self.b_Or = nn.Parameter(torch.zeros(w_OI.shape[0], rank))
-        self.a_rI = nn.Parameter(torch.randn(rank, w_OI.shape[1]) / w_OI.shape[1] ** 0.5)
+        self.b_Or = nn.Parameter(torch.zeros(w_OI.shape[0], rank, device=w.device))
+        drawn_rI = torch.randn(rank, w_OI.shape[1]).to(w.device)  # on the CPU: the same everywhere
+        self.a_rI = nn.Parameter(drawn_rI / w_OI.shape[1] ** 0.5)
 
     def forward(self, w: Tensor) -> Tensor:
         return w + self.scale * (self.b_Or @ self.a_rI).reshape(w.shape)

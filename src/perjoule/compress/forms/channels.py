@@ -47,12 +47,12 @@ class ChannelsPacked(Packed):
 
     def dense(self) -> Tensor:
         rows, block = self.w_OK.shape[0], self.w_OK.shape[1] // len(self.keep_K)
-        w_OI = torch.zeros(rows, self.channels * block)
+        w_OI = torch.zeros(rows, self.channels * block, device=self.w_OK.device)
         w_OI[:, self.columns()] = self.w_OK
         return w_OI
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"weight": self.w_OK}
+        return {"weight": self.w_OK.cpu()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +99,14 @@ class Channels(Form):
 
 
 def _columns(channels_K: Tensor, block: int) -> Tensor:
-    return (channels_K[:, None] * block + torch.arange(block)).flatten()
+    return (channels_K[:, None] * block + torch.arange(block, device=channels_K.device)).flatten()
 
 
 def _damped(metric: Metric) -> Tensor:
     assert metric.full_II is not None
     h = metric.full_II.double()
-    return h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    damp = DAMPING * h.diagonal().mean().clamp_min(torch.finfo(h.dtype).tiny)  # inputs may all be zero
+    return h + damp * torch.eye(len(h), dtype=h.dtype)
 
 
 def _weighted(w_OI: Tensor, metric: Metric) -> Tensor:

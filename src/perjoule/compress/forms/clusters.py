@@ -130,7 +130,7 @@ def begin(w_N: Tensor, m_N: Tensor, k: int, start: Start, *, zero: bool, seed: i
         generator, chosen = torch.Generator().manual_seed(seed), []
         weight = m_B.clone()
         for _ in range(min(k, len(x_B))):
-            chosen.append(int(torch.multinomial(weight, 1, generator=generator)))
+            chosen.append(int(torch.multinomial(weight.cpu(), 1, generator=generator)))
             near = (x_B[:, None] - x_B[chosen][None]).square().amin(1)
             weight = m_B * near
             if not weight.any():

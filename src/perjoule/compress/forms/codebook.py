@@ -62,8 +62,8 @@ class CodebookPacked(Packed):
         return self.c_GK.float().gather(1, flat_GN).reshape(self.q_OI.shape)
 
     def tensors(self) -> dict[str, Tensor]:
-        codes = torch.from_numpy(pack(self.q_OI.numpy().reshape(-1), self.bits))
-        return {"codes": codes, "values": self.c_GK}
+        codes = torch.from_numpy(pack(self.q_OI.cpu().numpy().reshape(-1), self.bits))
+        return {"codes": codes, "values": self.c_GK.cpu()}
 
 
 @dataclass(frozen=True, kw_only=True)

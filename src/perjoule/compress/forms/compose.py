@@ -58,8 +58,8 @@ class ComposedPacked(Packed):
 
     def tensors(self) -> dict[str, Tensor]:
         q_OI = next(t for t in _fields(self.values).values() if _is_code(t, self.mask_OI))
-        q_N = q_OI[self.mask_OI].numpy().astype(np.int64) & ((1 << self.bits) - 1)
-        mask = torch.from_numpy(np.packbits(self.mask_OI.numpy()))
+        q_N = q_OI[self.mask_OI].cpu().numpy().astype(np.int64) & ((1 << self.bits) - 1)
+        mask = torch.from_numpy(np.packbits(self.mask_OI.cpu().numpy()))
         state = {name: t for name, t in self.values.tensors().items() if name != "codes"}
         return {"mask": mask, "codes": torch.from_numpy(pack(q_N, self.bits)), **state}
 

@@ -70,8 +70,8 @@ class FloatPacked(Packed):
 
     def tensors(self) -> dict[str, Tensor]:
         if self.form.format in EIGHT:
-            return {"codes": self.q_OI, "scales": self.s_OG}
-        return {"codes": torch.from_numpy(pack(self.q_OI.numpy().reshape(-1), 4)), "scales": self.s_OG}
+            return {"codes": self.q_OI.cpu(), "scales": self.s_OG.cpu()}
+        return {"codes": torch.from_numpy(pack(self.q_OI.cpu().numpy().reshape(-1), 4)), "scales": self.s_OG.cpu()}
 
     @classmethod
     def unpacked(cls, form: Float, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> FloatPacked:
@@ -115,13 +115,13 @@ def codes(x_OI: Tensor, kind: Format) -> Tensor:
 def _values(q_OI: Tensor, kind: Format) -> Tensor:
     if kind in EIGHT:
         return q_OI.view(EIGHT[kind]).float()
-    table = torch.tensor(NF4 if kind == "nf4" else (*E2M1, *(-v for v in E2M1)))
+    table = torch.tensor(NF4 if kind == "nf4" else (*E2M1, *(-v for v in E2M1)), device=q_OI.device)
     return table[q_OI.long()]
 
 
 def _scales(s_OG: Tensor) -> Tensor:
     if s_OG.dtype == torch.uint8:
-        return torch.ldexp(torch.ones(s_OG.shape), s_OG.to(torch.int32) - BIAS)
+        return torch.ldexp(torch.ones(s_OG.shape, device=s_OG.device), s_OG.to(torch.int32) - BIAS)
     return s_OG.float()
 
 

@@ -94,9 +94,9 @@ class GridPacked(Packed):
         return q_OI * spread(self.s_OG.float(), columns, self.group)
 
     def tensors(self) -> dict[str, Tensor]:
-        stored = {"codes": packed_codes(self.q_OI, self.bits), "scales": self.s_OG}
+        stored = {"codes": packed_codes(self.q_OI.cpu(), self.bits), "scales": self.s_OG.cpu()}
         if self.z_OG is not None:
-            stored["zeros"] = self.z_OG
+            stored["zeros"] = self.z_OG.cpu()
         if self.activation is not None:
             stored["input_scale"] = torch.tensor(self.activation.scale)
             stored["input_zero"] = torch.tensor(self.activation.zero, dtype=torch.uint8)

@@ -35,7 +35,7 @@ class LowRankPacked(Packed):
         return self.a_Or @ self.b_rI
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"a": self.a_Or, "b": self.b_rI}
+        return {"a": self.a_Or.cpu(), "b": self.b_rI.cpu()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,20 +46,21 @@ class NMPacked(Packed):
         return self.w_OI.float()
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"values": self.w_OI[self.mask_OI], "positions": torch.from_numpy(self._positions())}
+        return {"values": self.w_OI[self.mask_OI].cpu(), "positions": torch.from_numpy(self._positions())}
 
     def _positions(self) -> np.ndarray:
         """Positions of whole groups (numbers or a mask, whichever is less), then the mask of a thinned rest."""
         form, columns = self.form, self.mask_OI.shape[1]
         whole = columns - columns % form.m
-        groups_XM = self.mask_OI[:, :whole].reshape(-1, form.m)
+        mask_OI = self.mask_OI.cpu()
+        groups_XM = mask_OI[:, :whole].reshape(-1, form.m)
         if form.as_numbers:
             found = groups_XM.nonzero()[:, 1].numpy().astype(np.int64)
             parts = [pack(found, form.number_bits)]
         else:
             parts = [np.packbits(groups_XM.numpy())]
         if form.rest == "proportional":
-            parts.append(np.packbits(self.mask_OI[:, whole:].numpy()))
+            parts.append(np.packbits(mask_OI[:, whole:].numpy()))
         return np.concatenate(parts).astype(np.uint8)
 
 

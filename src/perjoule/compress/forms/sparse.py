@@ -48,7 +48,7 @@ class SparsePacked(Packed):
 
     def tensors(self) -> dict[str, Tensor]:
         index_N = self.mask_OI.flatten().nonzero()[:, 0]
-        return {"values": self.w_OI.flatten()[index_N], "indices": index_N}
+        return {"values": self.w_OI.flatten()[index_N].cpu(), "indices": index_N.cpu()}
 
 
 @dataclass(frozen=True, kw_only=True)

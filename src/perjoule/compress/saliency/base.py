@@ -46,8 +46,14 @@ class Statistics:
         return ((self.high - self.low) / 255) ** 2 / 12
 
     def centred(self) -> Statistics:
-        """Second moments about the mean: what is left to err about once the bias has absorbed the mean error."""
-        return replace(self, h_II=self.h_II - torch.outer(self.mean_I, self.mean_I))
+        """Second moments about the mean: what is left to err about once the bias has absorbed the mean error.
+
+        Both terms are rounded, E[x xᵀ] element by element and the mean twice: the difference may be off by
+        2 eps tr(E[x xᵀ]), and where inputs hardly vary it has negative eigenvalues. So much goes onto the diagonal.
+        """
+        c_II = self.h_II - torch.outer(self.mean_I, self.mean_I)
+        c_II.diagonal().add_(2 * torch.finfo(c_II.dtype).eps * self.h_II.diagonal().sum())
+        return replace(self, h_II=c_II)
 
     def of(self, keep_K: Tensor) -> Statistics:
         """The statistics of a subset of the inputs, as they stay when the others are pruned away."""

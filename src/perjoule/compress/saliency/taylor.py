@@ -52,7 +52,7 @@ def weight_gradients(
     weights = [getattr(s.module(model), s.parameters[0]) for s in plain]
     asked = [w.requires_grad for w in weights]
     training = [m for m in model.modules() if m.training]
-    found = {s.name: torch.zeros(s.shape) for s in plain}
+    found = {s.name: torch.zeros(s.shape, device=w.device) for s, w in zip(plain, weights, strict=True)}
     examples = 0
     try:
         model.eval()
@@ -62,7 +62,7 @@ def weight_gradients(
             for batch in batches:
                 y = answer(model, batch)
                 examples += len(y)
-                v = torch.randn(y.shape, generator=generator)
+                v = torch.randn(y.shape, generator=generator).to(y.device)
                 for site, g in zip(plain, torch.autograd.grad((y * v).sum(), weights, allow_unused=True), strict=True):
                     if g is not None:
                         found[site.name] += g.flatten(1).square()

@@ -115,7 +115,7 @@ class Cutter:
                     f"{kept.parameter} is {tuple(tensor.shape)}; the record was made from a network with {kept.size} "
                     f"on axis {kept.axis}: build the original one"
                 )
-            index = torch.tensor(kept.index)
+            index = torch.tensor(kept.index, device=tensor.device)
             if len(index) == 0 or int(index.min()) < 0 or int(index.max()) >= kept.size:
                 raise BadInput(f"the record keeps indices of {kept.parameter} that do not exist; save it again")
             self._left[kept.parameter, kept.axis], self._sizes[kept.parameter, kept.axis] = index, kept.size
@@ -142,25 +142,28 @@ class Cutter:
         """Original indices that the slot's axis still holds, in order."""
         key = (slot.parameter, slot.axis)
         if key not in self._left:
-            self._sizes[key] = self._tensor(slot.parameter).shape[slot.axis]
-            self._left[key] = torch.arange(self._sizes[key])
+            tensor = self._tensor(slot.parameter)
+            self._sizes[key] = tensor.shape[slot.axis]
+            self._left[key] = torch.arange(self._sizes[key], device=tensor.device)
         return self._left[key]
 
     def positions(self, slot: Slot) -> Tensor:
         """Where each channel's indices stand now, (channels, each)."""
-        return torch.searchsorted(self.left(slot), torch.tensor(slot.index))
+        left = self.left(slot)
+        return torch.searchsorted(left, torch.tensor(slot.index, device=left.device))
 
     def remove(self, slots: Iterable[Slot], keep: Sequence[Tensor], attributes: Iterable[Attribute] = ()) -> None:
         """Only the channels `keep[strand]` stay."""
         touched = dict.fromkeys(slot.module for slot in slots)
         for slot in slots:
-            gone = torch.ones(len(slot.index), dtype=torch.bool)
-            gone[keep[slot.strand]] = False
-            stays = torch.ones(len(self.left(slot)), dtype=torch.bool)
+            left = self.left(slot)
+            gone = torch.ones(len(slot.index), dtype=torch.bool, device=left.device)
+            gone[keep[slot.strand].to(left.device)] = False
+            stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
             stays[self.positions(slot)[gone].flatten()] = False
             smaller = self._tensor(slot.parameter).index_select(slot.axis, stays.nonzero()[:, 0])
             self._replace(slot.parameter, smaller, slot.axis)
-            self._left[slot.parameter, slot.axis] = self.left(slot)[stays]
+            self._left[slot.parameter, slot.axis] = left[stays]
         for name in touched:
             declare(self.model.get_submodule(name))
         for attribute in attributes:

@@ -53,7 +53,7 @@ def droppable(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Dr
             changed = answers(without, batches)
         except (WorkloadError, AttributeError):  # the network does not run without it
             continue
-        if changed.shape == reference.shape:
+        if changed.shape == reference.shape and changed.isfinite().all():
             damage = (changed - reference).square().sum() / reference.square().sum().clamp_min(1e-30)
             found.append(Drop(block=name, in_tuple=in_tuple, damage=float(damage)))
     return sorted(found, key=lambda d: d.damage)

@@ -80,7 +80,7 @@ def _differs(model: nn.Module, trials: Sequence[Trial], args: Sequence[Any], bat
             for slot in trial.slots:
                 if slot.role == "reads":
                     gone = sorted(set(range(trial.channels)) - set(keep[slot.strand].tolist()))
-                    index = torch.tensor([i for c in gone for i in slot.index[c]])
+                    index = torch.tensor([i for c in gone for i in slot.index[c]], device=state[slot.parameter].device)
                     state[slot.parameter].index_fill_(slot.axis, index, 0)
             cutter.remove(trial.slots, keep, trial.attributes)
         with plain_kernels():

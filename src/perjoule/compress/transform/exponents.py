@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from perjoule.compress.forms import Form, Grid, Metric
 from perjoule.compress.forms.grid import ActivationGrid
+from perjoule.compress.placed import beside
 from perjoule.compress.saliency import Statistics
 from perjoule.compress.transform.scaling import Reader, Scaling
 from perjoule.core.errors import ConfigError
@@ -59,7 +60,7 @@ def awq(
     def error(place: Scaling, s_P: Tensor) -> float:
         total = 0.0
         for reader in place.readers:
-            w_OI, h_II, s_I = weights[reader.weight].detach(), _of(stats, reader).h_II, s_P[reader.channel_I]
+            w_OI, h_II, s_I = weights[reader.weight].detach(), _of(stats, reader).h_II, _per_input(s_P, reader)
             seen = Metric(diagonal_OI=(h_II.diagonal() / s_I.square())[None], full_II=h_II)
             rounded_OI = form.nearest(w_OI * s_I, seen).dense() / s_I
             total += float(seen.error(w_OI - rounded_OI))
@@ -83,9 +84,9 @@ def smoothquant(
     def error(place: Scaling, s_P: Tensor) -> float:
         total = 0.0
         for reader in place.readers:
-            w_OI, s_I = weights[reader.weight].detach(), s_P[reader.channel_I]
+            w_OI, s_I = weights[reader.weight].detach(), _per_input(s_P, reader)
             x_NI, low_I, high_I = seen[reader.site]
-            ones = Metric(diagonal_OI=torch.ones(1, w_OI.shape[1]))
+            ones = Metric(diagonal_OI=torch.ones(1, w_OI.shape[1], device=w_OI.device))
             grid = ActivationGrid.over(float((low_I / s_I).min()), float((high_I / s_I).max()))
             rounded_NO = grid.apply(x_NI / s_I) @ form.nearest(w_OI * s_I, ones).dense().T
             total += float((x_NI @ w_OI.T - rounded_NO).square().mean(0).sum())
@@ -106,29 +107,39 @@ def _folded(
     scales: Callable[[Scaling, float], Tensor],
     error: Callable[[Scaling, Tensor], float],
 ) -> list[Migration]:
-    found: list[tuple[Migration, Tensor]] = []
-    for place in places:
-        ones = torch.ones(place.channels)
-        before = best = error(place, ones)
-        chosen, exponent = ones, None
-        for a in EXPONENTS:
-            s_P = scales(place, a)
-            s_P = s_P / (s_P.max() * s_P.min()).sqrt()
-            after = error(place, s_P)
-            if after < best:
-                best, chosen, exponent = after, s_P, a
-        done = Migration(scaling=place, exponent=exponent, error_before=before, error_after=best)
-        found.append((done, chosen))
+    with beside(next(model.parameters())):
+        found = [_best(place, scales, error) for place in places]
     for done, s_P in found:
         done.scaling.fold(model, s_P)
     return [done for done, _ in found]
+
+
+def _best(
+    place: Scaling, scales: Callable[[Scaling, float], Tensor], error: Callable[[Scaling, Tensor], float]
+) -> tuple[Migration, Tensor]:
+    """The exponent of least error at one place, and its scales."""
+    ones = torch.ones(place.channels)
+    before = best = error(place, ones)
+    chosen, exponent = ones, None
+    for a in EXPONENTS:
+        s_P = scales(place, a)
+        s_P = s_P / (s_P.max() * s_P.min()).sqrt()
+        after = error(place, s_P)
+        if after < best:
+            best, chosen, exponent = after, s_P, a
+    return Migration(scaling=place, exponent=exponent, error_before=before, error_after=best), chosen
+
+
+def _per_input(s_P: Tensor, reader: Reader) -> Tensor:
+    return s_P[reader.channel_I.to(s_P.device)]
 
 
 def _channels(place: Scaling, per_input: Sequence[Tensor], how: str) -> Tensor:
     """One positive number per channel out of one per input of every reader; those never seen count as the least."""
     found = torch.zeros(place.channels)
     for reader, x_I in zip(place.readers, per_input, strict=True):
-        one = torch.zeros(place.channels).scatter_reduce(0, reader.channel_I, x_I, how, include_self=False)
+        at_I = reader.channel_I.to(x_I.device)
+        one = torch.zeros(place.channels).scatter_reduce(0, at_I, x_I, how, include_self=False)
         found = torch.maximum(found, one)
     seen = found[found > 0]
     return found.clamp_min(float(seen.min()) if len(seen) else 1.0)
@@ -153,7 +164,7 @@ def _rows(model: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str,
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x_NI = args[0].detach().flatten(0, -2)
-            some_NI = x_NI[torch.linspace(0, len(x_NI) - 1, min(each, len(x_NI))).long()].clone()
+            some_NI = x_NI[torch.linspace(0, len(x_NI) - 1, min(each, len(x_NI)), device=x_NI.device).long()].clone()
             found[name].append((some_NI, x_NI.amin(0), x_NI.amax(0)))
 
         return hook

@@ -86,7 +86,7 @@ class Scaling:
                 parameter.div_(s_P.to(parameter.dtype).reshape(-1, *[1] * (parameter.ndim - 1)))
             for reader in self.readers:
                 weight_OI = state[reader.weight]
-                weight_OI.mul_(s_P.to(weight_OI.dtype)[reader.channel_I])
+                weight_OI.mul_(s_P.to(weight_OI.dtype)[reader.channel_I.to(s_P.device)])
 
 
 class _Stop(Exception):
