@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perjoule.compress.moments import Moments
 from perjoule.compress.saliency import Statistics
 from perjoule.compress.sites import Site
 from perjoule.measure.forward import answers
@@ -30,14 +31,16 @@ Read = list[tuple[str, Tensor]]
 
 def states(model: nn.Module, sites: Sequence[Site], batches: Sequence[Mapping[str, Any]]) -> dict[str, Statistics]:
     """By full name, what the matrices of all recurrent sites read; matrices that never ran are missing."""
-    sums: dict[str, Statistics] = {}
+    sums: dict[str, Moments] = {}
 
     def watch(site: Site) -> Any:
         def hook(module: Any, args: tuple[Any, ...]) -> None:
             if isinstance(args[0], Tensor):
                 for name, x_NI in reads(module, args[0], args[1] if len(args) > 1 else None):
                     key = f"{site.name}.{name}" if site.name else name
-                    sums[key] = _added(sums.get(key), x_NI)
+                    if key not in sums:
+                        sums[key] = Moments(x_NI.shape[1], x_NI.device)
+                    sums[key].add(x_NI)
 
         return hook
 
@@ -53,10 +56,7 @@ def states(model: nn.Module, sites: Sequence[Site], batches: Sequence[Mapping[st
             handle.remove()
         for module in training:
             module.training = True
-    for found in sums.values():
-        found.h_II = found.h_II / found.rows
-        found.mean_I = found.mean_I / found.rows
-    return sums
+    return {key: _statistics(found) for key, found in sums.items()}
 
 
 def reads(module: nn.LSTM | nn.GRU, x: Tensor, start: Any) -> Read:
@@ -90,12 +90,6 @@ def _names(module: nn.LSTM | nn.GRU) -> tuple[str, ...]:
     return ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
 
 
-def _added(sums: Statistics | None, x_NI: Tensor) -> Statistics:
-    if sums is None:
-        size = x_NI.shape[1]
-        sums = Statistics(h_II=x_NI.new_zeros(size, size), mean_I=x_NI.new_zeros(size), g_O=None, low=0.0, high=0.0,
-                          step2=0.0, rows=0)  # fmt: skip
-    sums.h_II.addmm_(x_NI.T, x_NI)
-    sums.mean_I += x_NI.sum(0)
-    sums.rows += len(x_NI)
-    return sums
+def _statistics(found: Moments) -> Statistics:
+    h_II, mean_I = found.result()
+    return Statistics(h_II=h_II, mean_I=mean_I, g_O=None, low=0.0, high=0.0, step2=0.0, rows=found.rows)

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perjoule.compress.moments import Moments
 from perjoule.compress.ranges import Histogram
 from perjoule.compress.saliency.base import Statistics
 from perjoule.compress.sites import Site, blocks
@@ -205,10 +206,7 @@ class Sums:
         size = site.shape[0] if site.kind == "table" else site.shape[1]
         table = site.kind == "table"
         self.counts_V = torch.zeros(size if table else 0, device=device)
-        self.xx_II = torch.zeros((0, 0) if table else (size, size), device=device)
-        self.x_I = torch.zeros(0 if table else size, device=device)
-        self.origin_I: Tensor | None = None
-        """Mean of the first batch: sums about it keep the digits that sums about zero lose where inputs hardly vary."""
+        self.moments = Moments(0 if table else size, device)
 
     def add(self, module: nn.Module, x: Tensor) -> None:
         if self.site.kind == "table":
@@ -219,24 +217,16 @@ class Sums:
         self.histogram.add(x)
         self.step2 += ((high - low) / 255) ** 2
         self.batches += 1
-        x_NI = rows_of(self.site, module, x)
-        if self.origin_I is None:
-            self.origin_I = x_NI.mean(0)
-        x_NI = x_NI - self.origin_I
-        self.xx_II.addmm_(x_NI.T, x_NI)
-        self.x_I += x_NI.sum(0)
-        self.rows += x_NI.shape[0]
+        self.moments.add(rows_of(self.site, module, x))
+        self.rows = self.moments.rows
 
     def result(self, g_O: Tensor | None) -> Statistics | TableStatistics:
         if self.site.kind == "table":
             p_V = self.counts_V.clamp_min(1)
             return TableStatistics(p_V=p_V / p_V.sum(), g_D=g_O)
-        assert self.origin_I is not None
-        drift_I = self.x_I / self.rows
-        mean_I = self.origin_I + drift_I
-        c_II = self.xx_II.div_(self.rows).addr_(drift_I, drift_I, alpha=-1)
+        h_II, mean_I = self.moments.result()
         return Statistics(
-            h_II=c_II.addr_(mean_I, mean_I),
+            h_II=h_II,
             mean_I=mean_I,
             g_O=g_O,
             low=self.histogram.low,
