@@ -93,9 +93,11 @@ class Hunt:
 
         def evaluate(allocation: Allocation, label: str) -> Evaluated:
             def judged() -> Any:
-                if allocation.key not in ready:  # with all that wait, over all ranks
-                    recipes = [recipe_of(a, self.prospect.groups, self.seed) for a in waiting]
-                    ready.update(zip((a.key for a in waiting), crew.ask("evaluate", recipes, work, about), strict=True))
+                if allocation.key not in ready:  # one for each rank; the journal gets each as soon as it is there
+                    first = [a.key for a in waiting].index(allocation.key)
+                    turn = waiting[first : first + crew.size]
+                    recipes = [recipe_of(a, self.prospect.groups, self.seed) for a in turn]
+                    ready.update(zip((a.key for a in turn), crew.ask("evaluate", recipes, work, about), strict=True))
                 relative, distance = ready.pop(allocation.key)
                 return {"relative": relative, "distance": distance}
 
