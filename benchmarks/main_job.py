@@ -23,12 +23,14 @@ BARS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", default=list(BARS), choices=[[], *BARS])
+    parser.add_argument("workloads", nargs="*", metavar="|".join(BARS), help="default: all three")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--resume", action="store_true", help="read off or finish runs that are already in --out")
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    figures = {name: run(name, given.out / name, given.resume) for name in given.workloads}
+    for unknown in set(given.workloads) - set(BARS):
+        parser.error(f"no workload '{unknown}'; give some of {', '.join(BARS)}")
+    figures = {name: run(name, given.out / name, given.resume) for name in given.workloads or BARS}
     for name, found in figures.items():
         print(f"\n{name}: {found['best']} ({found['runtime']}, {found['threads']} threads)")
         for what, (value, low, high) in found["ratios"].items():
