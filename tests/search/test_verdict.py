@@ -31,6 +31,13 @@ def test_a_saving_is_said_with_its_figures():
     )
 
 
+def test_a_busy_machine_is_said():
+    assert (
+        said(point(), busy=True)
+        == f"{said(point())} The machine was busy: repeat it on a quiet one before you believe ratios."
+    )
+
+
 def test_what_the_examples_do_not_prove_is_said():
     best = replace(point(), quality_relative=replace(near(0.993), low=0.985, high=0.999, level=0.9))
     assert said(best, keep=0.98).endswith("and it keeps 99.3 % of its accuracy.")
