@@ -83,14 +83,14 @@ class TestByPower(SensorConformance):
 
 class TestByCounter(SensorConformance):
     def make(self) -> Sensor:
-        self.library = FakeAmdSmi()
-        sensor = AmdSmiGpu(self.library, 0)
-        sensor._counts, sensor._last_j, sensor._moved_s, sensor._judged = True, sensor._counter_j(), math.inf, True
+        self.fake = FakeAmdSmi()
+        sensor = AmdSmiGpu(self.fake, 0)
+        sensor._counts, sensor._last_j, sensor._moved_s, sensor._judged = True, sensor.counter_j(), math.inf, True
         sensor.max_gap_s = math.inf
         return sensor
 
     def pass_time(self, sensor: Sensor, seconds: float) -> None:
-        self.library.joules[0] += 200 * seconds
+        self.fake.joules[0] += 200 * seconds
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -36,12 +36,12 @@ class FakeApple:
 
 class TestConformance(SensorConformance):
     def make(self) -> Sensor:
-        self.library = FakeApple()
-        return AppleChip(self.library)
+        self.fake = FakeApple()
+        return AppleChip(self.fake)
 
     def pass_time(self, sensor: Sensor, seconds: float) -> None:
-        self.library.mj.cpu_total_mj += round(20_000 * seconds)
-        self.library.mj.gpu_mj += round(30_000 * seconds)
+        self.fake.mj.cpu_total_mj += round(20_000 * seconds)
+        self.fake.mj.gpu_mj += round(30_000 * seconds)
 
 
 def test_millijoules_of_every_term_in_one_question():

@@ -98,11 +98,11 @@ class FakeNvml(types.SimpleNamespace):
 
 class TestCounter(SensorConformance):
     def make(self) -> Sensor:
-        self.library = FakeNvml()
-        return NvmlGpu(self.library, 0)
+        self.fake = FakeNvml()
+        return NvmlGpu(self.fake, 0)
 
     def pass_time(self, sensor: Sensor, seconds: float) -> None:
-        self.library.mj += round(250_000 * seconds)
+        self.fake.mj += round(250_000 * seconds)
 
 
 class TestPower(SensorConformance):

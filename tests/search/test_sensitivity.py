@@ -15,7 +15,7 @@ from perjoule.core.record import Recipe, Step
 from perjoule.measure.forward import answers
 from perjoule.search import menu, plan
 from perjoule.search.menu import INT4_GROUPS, INT8_DYNAMIC, INT8_STATIC, INT8_WEIGHTS, KEEP, widths
-from perjoule.search.sensitivity import _damage, _error, assess, distance
+from perjoule.search.sensitivity import Assessor, _damage, _error, assess, distance
 from perjoule.testing.models import TINY
 from perjoule.train.loop import seeded
 
@@ -124,10 +124,10 @@ def assessed(name, monkeypatch, objective="size"):
     tiny = TINY[name]()
     ready = Calibrated(tiny.model, tiny.batches)
     steps = []
-    found = assess(
-        ready.model, ready.sites, ready.groups, ready.stats, ready.sensed, tiny.batches, 0, objective,
-        lambda: steps.append(1),
+    work = Assessor(
+        ready.model, ready.sites, ready.groups, ready.stats, ready.sensed, tiny.batches, 0, objective
     )  # fmt: skip
+    found = assess(work, lambda: steps.append(1))
     assert len(steps) == len(ready.sites)
     return ready, found
 

@@ -87,7 +87,7 @@ from perjoule.search.crew import Crew, _cores
 from perjoule.search.assist import Helper, answered_after
 from perjoule.search.judge import Judge
 from perjoule.search.original import Known
-from perjoule.search.sensitivity import assess
+from perjoule.search.sensitivity import Assessor, assess
 from perjoule.search.settings import Settings
 from perjoule.train.spread import launched
 from tests.search import workloads
@@ -124,8 +124,8 @@ def main():
             mine.append(recipe)
             return answered_after(applier, recipe, known)
         given = known.model, known.sites, known.groups, stats, sensed, known.calibration(Settings()), 0, "energy"
-        by_one = to_json(assess(*given, lambda: None))
-        by_all = to_json(assess(*given, lambda: None, crew))
+        by_one = to_json(assess(Assessor(*given), lambda: None))
+        by_all = to_json(assess(Assessor(*given), lambda: None, crew))
         about = {"sites": [s.name for s in known.sites], "groups": [g.name for g in known.groups]}
         about["objective"] = "energy"
         stepped = []

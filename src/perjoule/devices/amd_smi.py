@@ -27,19 +27,18 @@ import importlib
 import importlib.util
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from perjoule.core.errors import MeterError
+from perjoule.devices.card import Card
 from perjoule.devices.guard import told
-from perjoule.devices.sensor import Driver, Found, Joules, Sensor
+from perjoule.devices.sensor import Driver, Found, Joules
 
 _J_PER_UJ = 1e-6
 _TRACES = ("/sys/module/amdgpu", "/dev/kfd")
 """Where the kernel's driver shows itself."""
 
-POLL_S = 0.1
 CHECK_S = 2.0
 """Time after which the counter is judged by the power."""
 AGREE = 1.5
@@ -49,112 +48,61 @@ ABSURD_W = 10_000
 """65535 is one library's way to say that it does not know."""
 
 
-class AmdSmiGpu(Sensor):
+class AmdSmiGpu(Card):
     """One card."""
 
-    how = "measured"
-    covers = frozenset({"gpu"})
-    period_s = 0.1
-    max_gap_s = POLL_S
-    _open = False
-
     def __init__(self, library: Any, index: int) -> None:
-        super().__init__()
+        super().__init__(f"amd gpu {index}", "AMD SMI", library.AmdSmiException, frozen_s=FROZEN_S)
         self._smi = library
-        self.name = f"amd gpu {index}"
-        self.terms = (self.name,)
-        self.source = f"{self.name} power, integrated"
-        self._total = Joules()
-        self._counts = False
-        self._first_j = self._first_s = self._last_j = self._last_w = self._last_s = self._moved_s = math.nan
-        self._ask(library.amdsmi_init)
+        self._first_j = self._first_s = math.nan
+        self.ask(library.amdsmi_init)
         self._open = True
         try:
-            handles = self._ask(library.amdsmi_get_processor_handles)
+            handles = self.ask(library.amdsmi_get_processor_handles)
             if index >= len(handles):
                 raise MeterError(f"{self.name} has vanished")
             self._handle = handles[index]
-            self._power_w()
-            self._judged = not self._has_counter()
+            self.watch_power()
+            self._judged = not self.has_counter()
         except MeterError:
             self.close()
             raise
 
     def read(self, now_s: float) -> tuple[Joules, ...]:
-        if not now_s <= self._last_s:  # also the first time, when there is no last
-            self._total += self._counted(now_s) if self._counts else self._integrated(now_s)
-            if not self._judged:
-                self._judge(now_s)
-            self._last_s = now_s
-        return (self._total,)
-
-    def _integrated(self, now_s: float) -> Joules:
-        before_w, self._last_w = self._last_w, self._power_w()
-        if math.isnan(before_w):
-            return Joules()
-        span_s = now_s - self._last_s
-        return Joules.within((before_w + self._last_w) / 2 * span_s, 0.10 if span_s <= 3 * POLL_S else 0.5)
-
-    def _counted(self, now_s: float) -> Joules:
-        before_j, self._last_j = self._last_j, self._counter_j()
-        step_j = self._last_j - before_j
-        if step_j < 0:
-            self.note(f"{self.name}: the counter was reset; energy before the reset, up to one reading, is missing")
-            return Joules(self._last_j, self._last_j, self._last_j + self._power_w() * (now_s - self._last_s))
-        if step_j > 0:
-            self._moved_s = now_s
-        elif now_s - self._moved_s > FROZEN_S:
-            self._counts, self.max_gap_s, self.source = False, POLL_S, f"{self.name} power, integrated"
-            self.note(f"{self.name}: the energy counter stands still, so its power is integrated instead")
-            self._last_w = self._power_w()
-            return Joules.within(self._last_w * (now_s - self._moved_s), 0.5)
-        return Joules.within(step_j, 0.05)
+        total = super().read(now_s)
+        if not self._judged:
+            self._judge(now_s)
+        return total
 
     def _judge(self, now_s: float) -> None:
         """Go over to the counter, if it has counted since the first reading what the power says."""
-        counter_j = self._counter_j()
+        counter_j = self.counter_j()
         if math.isnan(self._first_j):
             self._first_j, self._first_s = counter_j, now_s
         elif now_s - self._first_s >= CHECK_S:
             self._judged = True
             ratio = (counter_j - self._first_j) / self._total.value
             if 1 / AGREE <= ratio <= AGREE:
-                self._counts, self._last_j, self._moved_s = True, counter_j, now_s
-                self.max_gap_s, self.source = math.inf, f"{self.name} energy counter"
+                self._last_j, self._moved_s = counter_j, now_s
+                self.watch_counter()
             else:
                 self.note(f"{self.name}: the energy counter says {ratio:.3g} times what its power does; it is not used")
 
-    def _has_counter(self) -> bool:
-        try:
-            return self._counter_j() > 0
-        except MeterError:
-            return False
-
-    def _counter_j(self) -> float:
-        answer = self._ask(self._smi.amdsmi_get_energy_count, self._handle)
+    def counter_j(self) -> float:
+        answer = self.ask(self._smi.amdsmi_get_energy_count, self._handle)
         counts = answer["energy_accumulator"] if "energy_accumulator" in answer else answer["power"]
         return float(counts) * float(answer["counter_resolution"]) * _J_PER_UJ
 
-    def _power_w(self) -> float:
-        """Watts now; MeterError where the card does not say, or says zero."""
-        answer = self._ask(self._smi.amdsmi_get_power_info, self._handle)
+    def power_w(self) -> float:
+        answer = self.ask(self._smi.amdsmi_get_power_info, self._handle)
         for key in ("current_socket_power", "average_socket_power", "socket_power"):
             watts = answer.get(key)  # "N/A" where the card does not know it
             if isinstance(watts, int | float) and 0 < watts < ABSURD_W:
                 return float(watts)
         raise MeterError(f"{self.name} reports no power")
 
-    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except self._smi.AmdSmiException as error:
-            raise MeterError(f"AMD SMI: {told(error)}") from error
-
-    def close(self) -> None:
-        if self._open:
-            self._open = False
-            with contextlib.suppress(self._smi.AmdSmiException):
-                self._smi.amdsmi_shut_down()
+    def shut_down(self) -> None:
+        self._smi.amdsmi_shut_down()
 
 
 class AmdSmiDriver(Driver):

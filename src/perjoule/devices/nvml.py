@@ -22,16 +22,14 @@ pynvml (nvidia-ml-py) is imported only where a driver shows itself.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from perjoule.core.errors import MeterError
-from perjoule.devices.sensor import Component, Driver, Found, Joules, Sensor
+from perjoule.devices.card import Card
+from perjoule.devices.sensor import Component, Driver, Found
 
 _J_PER_MJ = 1e-3
 _W_PER_MW = 1e-3
@@ -41,95 +39,34 @@ _TRACES = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
 MODULE: frozenset[Component] = frozenset({"cpu", "memory", "gpu"})
 """What the counter of a Grace-Hopper covers."""
 
-POLL_S = 0.1
-"""How often power is read where it must be integrated."""
-
 FROZEN_S = 2.0
 """A counter of a powered GPU that stands still this long is dead."""
 
 
-class NvmlGpu(Sensor):
+class NvmlGpu(Card):
     """One GPU."""
 
-    how = "measured"
-    covers = frozenset({"gpu"})
-    period_s = 0.1
-    _open = False
-
     def __init__(self, library: Any, index: int) -> None:
-        super().__init__()
+        super().__init__(f"nvml gpu {index}", "NVML", library.NVMLError, frozen_s=FROZEN_S)
         self._nvml = library
-        self.name = f"nvml gpu {index}"
-        self.terms = (self.name,)
-        self.source = f"{self.name} energy counter"
-        self._total = Joules()
-        self._last_j = self._last_w = math.nan
-        self._last_s = self._moved_s = math.nan
-        self._ask(library.nvmlInit)
+        self.ask(library.nvmlInit)
         self._open = True
         try:
-            self._handle = self._ask(library.nvmlDeviceGetHandleByIndex, index)
-            self._counts = self._has_counter()
-            if not self._counts:
-                self._watch_power()
-            elif "GH200" in _text(self._ask(library.nvmlDeviceGetName, self._handle)):
+            self._handle = self.ask(library.nvmlDeviceGetHandleByIndex, index)
+            self.watch_counter()
+            if not self.has_counter():
+                self.watch_power()
+            elif "GH200" in _text(self.ask(library.nvmlDeviceGetName, self._handle)):
                 self.covers = MODULE
             self._virtual_or_shared()
         except MeterError:
             self.close()
             raise
 
-    def read(self, now_s: float) -> tuple[Joules, ...]:
-        if self._counts:
-            self._read_counter(now_s)
-        else:
-            self._read_power(now_s)
-        self._last_s = now_s
-        return (self._total,)
+    def counter_j(self) -> float:
+        return float(self.ask(self._nvml.nvmlDeviceGetTotalEnergyConsumption, self._handle)) * _J_PER_MJ
 
-    def _read_counter(self, now_s: float) -> None:
-        counter_j = self._counter_j()
-        if math.isnan(self._last_j) or counter_j != self._last_j:
-            self._moved_s = now_s
-        step_j = 0.0 if math.isnan(self._last_j) else counter_j - self._last_j
-        if step_j < 0:
-            self.note(f"{self.name}: the counter was reset; energy before the reset, up to one reading, is missing")
-            self._total += Joules(counter_j, counter_j, counter_j + self._power_w() * (now_s - self._last_s))
-        else:
-            self._total += Joules.within(step_j, 0.05)
-        self._last_j = counter_j
-        if now_s - self._moved_s > FROZEN_S:
-            self._last_w = self._watch_power()
-            self.note(f"{self.name}: the energy counter stands still, so its power is integrated instead")
-            self._total += Joules.within(self._last_w * (now_s - self._moved_s), 0.5)
-
-    def _read_power(self, now_s: float) -> None:
-        power_w = self._power_w()
-        if not math.isnan(self._last_w) and now_s > self._last_s:
-            span_s = now_s - self._last_s
-            error = 0.10 if span_s <= 3 * self.max_gap_s else 0.5
-            self._total += Joules.within((power_w + self._last_w) / 2 * span_s, error)
-        self._last_w = power_w
-
-    def _watch_power(self) -> float:
-        """Go over to integrating power, if there is any; watts now."""
-        power_w = self._power_w()
-        self._counts = False
-        self.max_gap_s = POLL_S
-        self.source = f"{self.name} power, integrated"
-        return power_w
-
-    def _has_counter(self) -> bool:
-        try:
-            return self._counter_j() > 0
-        except MeterError:
-            return False
-
-    def _counter_j(self) -> float:
-        return float(self._ask(self._nvml.nvmlDeviceGetTotalEnergyConsumption, self._handle)) * _J_PER_MJ
-
-    def _power_w(self) -> float:
-        """Watts now; MeterError where the GPU does not say, or says zero."""
+    def power_w(self) -> float:
         milliwatts = 0
         try:
             field = self._nvml.nvmlDeviceGetFieldValues(self._handle, [self._nvml.NVML_FI_DEV_POWER_INSTANT])[0]
@@ -138,10 +75,16 @@ class NvmlGpu(Sensor):
         except (self._nvml.NVMLError, AttributeError):
             pass  # older drivers and libraries know no fields
         if not milliwatts:
-            milliwatts = int(self._ask(self._nvml.nvmlDeviceGetPowerUsage, self._handle))
+            milliwatts = int(self.ask(self._nvml.nvmlDeviceGetPowerUsage, self._handle))
         if not milliwatts:
             raise MeterError(f"{self.name} reports neither energy nor power; virtual GPUs do that")
         return milliwatts * _W_PER_MW
+
+    def said(self, error: Exception) -> str:
+        return str(error)
+
+    def shut_down(self) -> None:
+        self._nvml.nvmlShutdown()
 
     def _virtual_or_shared(self) -> None:
         nvml = self._nvml
@@ -152,18 +95,6 @@ class NvmlGpu(Sensor):
                 self.note(f"{self.name} is partitioned (MIG); its figures cover the whole GPU")
         except (nvml.NVMLError, AttributeError):
             pass  # not asked of older cards
-
-    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except self._nvml.NVMLError as error:
-            raise MeterError(f"NVML: {error}") from error
-
-    def close(self) -> None:
-        if self._open:
-            self._open = False
-            with contextlib.suppress(self._nvml.NVMLError):  # the driver may be gone already
-                self._nvml.nvmlShutdown()
 
 
 class NvmlDriver(Driver):

@@ -9,6 +9,7 @@ from perjoule.core import units
 from perjoule.core.ledger import Ledger
 from perjoule.report import figures
 from perjoule.report.markup import EMPTY, Markup, el
+from perjoule.report.tree import drawn
 
 _OPEN_ROWS = 14
 """The tree opens on its own as deep as it fits into about this many rows."""
@@ -57,22 +58,10 @@ def cost_tree(ledger: Ledger, told: str | None = None) -> Markup:
     root = tree(ledger)
     if not ledger.entries and not ledger.parameters:
         return el("p", "The ledger is empty: nothing was counted.")
-    depth, rows = 0, [root]
-    while (below := [c for n in rows for c in n.children.values()]) and len(below) <= _OPEN_ROWS:
-        depth, rows = depth + 1, below
     head = ("Module", "FLOPs", "Params", "Weights", "Moved")
     return Markup(
         el("p", totals(ledger) if told is None else told)
-        + el(
-            "div",
-            el("div", [el("span", h) for h in head], class_="row head", aria_hidden="true"),
-            el("ul", _node(root, root, depth)),
-            class_="tree scroll",
-            id="cost-tree",
-            tabindex="0",
-            role="region",
-            aria_label="Cost by module",
-        )
+        + drawn(root, head, lambda node: _cells(node, root), rows=_OPEN_ROWS, key="cost-tree", label="Cost by module")
         + operators(ledger)
         + uncounted(ledger)
     )
@@ -97,19 +86,14 @@ def _flop(value: int) -> str:
     return figures.tight(figures.count(value, "FLOP"))
 
 
-def _node(node: Node, root: Node, depth: int) -> Markup:
+def _cells(node: Node, root: Node) -> tuple[Markup, ...]:
     part = 100 * node.flops / root.flops if root.flops else 0.0
-    row = (
-        el("span", node.name, el("small", node.kind) if node.kind else None, class_="m"),
+    return (
         el("span", el("i", style=f"width:{part:.3g}%"), figures.count(node.flops), class_="bar"),
         el("span", figures.count(node.params)),
         el("span", figures.size(node.param_bytes)),
         el("span", figures.size(node.moved_bytes)),
     )
-    if not node.children:
-        return el("li", el("div", row, class_="row"))
-    below = [_node(child, root, depth - 1) for child in node.children.values()]
-    return el("li", el("details", el("summary", row, class_="row"), el("ul", below), open=depth > 0))
 
 
 def operators(ledger: Ledger) -> Markup:

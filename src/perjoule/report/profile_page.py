@@ -11,6 +11,7 @@ from perjoule.measure.profile import LayerShare, Profile
 from perjoule.report import figures
 from perjoule.report.markup import Markup, el
 from perjoule.report.page import SCRIPTLESS, section, whole
+from perjoule.report.tree import drawn
 
 _OPEN_ROWS = 24
 """The tree opens on its own as deep as it fits into about this many rows."""
@@ -98,36 +99,21 @@ def _whole(found: Profile) -> Markup:
 
 
 def _tree(found: Profile) -> Markup:
-    root = tree(found)
-    depth, rows = 0, [root]
-    while (below := [c for n in rows for c in n.children.values()]) and len(below) <= _OPEN_ROWS:
-        depth, rows = depth + 1, below
-    head = ("Module", "Energy", "Share", "Time", "FLOPs")
-    return el(
-        "div",
-        el("div", [el("span", h) for h in head], class_="row head", aria_hidden="true"),
-        el("ul", _node(root, root, depth)),
-        class_="tree profile scroll",
-        id="profile-tree",
-        tabindex="0",
-        role="region",
-        aria_label="Energy by module",
-    )
+    root, head = tree(found), ("Module", "Energy", "Share", "Time", "FLOPs")
+    return drawn(
+        root, head, lambda node: _cells(node, root), rows=_OPEN_ROWS, key="profile-tree", label="Energy by module",
+        look="tree profile scroll",
+    )  # fmt: skip
 
 
-def _node(node: Node, root: Node, depth: int) -> Markup:
+def _cells(node: Node, root: Node) -> tuple[Markup, ...]:
     part = node.joules / root.joules if root.joules else 0.0
     low, high = (node.low, min(1.0, node.high)) if node is not root else (part, part)
     band = f"left:{100 * low:.3g}%;width:{100 * (high - low):.3g}%"
     bar = el("i", el("s", style=band), el("b", style=f"width:{100 * part:.3g}%"))
-    row = (
-        el("span", node.name, el("small", node.kind) if node.kind else None, class_="m"),
+    return (
         el("span", bar, figures.joules(node.joules), class_="bar shares"),
         el("span", figures.share(part)),
         el("span", figures.seconds(node.time_s)),
         el("span", figures.count(node.flops)),
     )
-    if not node.children:
-        return el("li", el("div", row, class_="row"))
-    below = [_node(child, root, depth - 1) for child in node.children.values()]
-    return el("li", el("details", el("summary", row, class_="row"), el("ul", below), open=depth > 0))

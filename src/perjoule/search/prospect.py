@@ -103,18 +103,11 @@ class Prospect:
 
         def assess() -> Any:
             with stage(self.progress, "sensitivity: every option of every layer", len(self.sites)) as step:
-                found = sensitivity.assess(
-                    self.model,
-                    self.sites,
-                    self.groups,
-                    self.stats,
-                    self.sensed,
-                    batches,
-                    self.seed,
+                work = sensitivity.Assessor(
+                    self.model, self.sites, self.groups, self.stats, self.sensed, batches, self.seed,
                     self.budget.objective,
-                    step,
-                    self.session.crew,
-                )
+                )  # fmt: skip
+                found = sensitivity.assess(work, step, self.session.crew)
             return to_json(found)
 
         stored = self.session.once("sensitivity", assess)

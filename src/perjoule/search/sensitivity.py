@@ -54,35 +54,6 @@ class Damages:
     """By site, then option name: why it cannot be used."""
 
 
-def assess(
-    model: nn.Module,
-    sites: Sequence[Site],
-    groups: Sequence[Group],
-    stats: Mapping[str, Statistics | TableStatistics],
-    sensed: Sensed,
-    batches: Sequence[Mapping[str, Any]],
-    seed: int,
-    objective: Objective,
-    progress: Callable[[], None],
-    crew: Crew | None = None,
-) -> Damages:
-    """Damages of all options of all sites, of all widths of all groups, and of leaving out each block.
-
-    Sites and groups are dealt out over the ranks of `crew`.
-    """
-    crew = crew or Crew()
-    found = Damages(drops=droppable(model, batches))
-    work = Assessor(model, sites, groups, stats, sensed, batches, seed, objective)
-    names = {"sites": [s.name for s in sites], "groups": [g.name for g in groups], "objective": objective}
-    for name, made in zip(names["sites"], crew.ask("site", names["sites"], work.site, names, progress), strict=True):
-        found.of_option[name] = made["damages"]
-        if made["refused"]:
-            found.refused[name] = made["refused"]
-    for name, curve in zip(names["groups"], crew.ask("group", names["groups"], work.group, names), strict=True):
-        found.of_width[name] = {int(width): damage for width, damage in curve.items()}
-    return found
-
-
 class Assessor:
     """What one site or one group bears, for itself."""
 
@@ -121,6 +92,23 @@ class Assessor:
         """Damages by the number of channels that stay."""
         found = _widths(self.applier, self.applier.groups[name], self.sensed, self.batches)
         return {str(width): damage for width, damage in found.items()}
+
+
+def assess(work: Assessor, progress: Callable[[], None], crew: Crew | None = None) -> Damages:
+    """Damages of all options of all sites, of all widths of all groups, and of leaving out each block.
+
+    Sites and groups are dealt out over the ranks of `crew`.
+    """
+    crew, applier = crew or Crew(), work.applier
+    found = Damages(drops=droppable(work.model, work.batches))
+    names = {"sites": list(applier.sites), "groups": list(applier.groups), "objective": work.objective}
+    for name, made in zip(names["sites"], crew.ask("site", names["sites"], work.site, names, progress), strict=True):
+        found.of_option[name] = made["damages"]
+        if made["refused"]:
+            found.refused[name] = made["refused"]
+    for name, curve in zip(names["groups"], crew.ask("group", names["groups"], work.group, names), strict=True):
+        found.of_width[name] = {int(width): damage for width, damage in curve.items()}
+    return found
 
 
 def _error(e_OI: Tensor, site: Site, w_OI: Tensor, seen: Statistics | TableStatistics, sensed: Sensed) -> float:

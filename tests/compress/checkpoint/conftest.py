@@ -27,6 +27,14 @@ def tiny():
     return _tiny
 
 
+@pytest.fixture(scope="module")
+def several_parts():
+    """Blocks this small would all share one part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("perjoule.compress.checkpoint.run.UNIT_BYTES", 1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> Path:
     """A Llama folder in bfloat16, sharded, with a tokenizer beside it and a pickle that must not be copied."""

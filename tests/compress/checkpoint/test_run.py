@@ -25,6 +25,9 @@ from perjoule.core.record import Recipe, Step
 INT4 = {"name": "Grid", "bits": 4, "group": 16, "symmetric": False}
 
 
+pytestmark = pytest.mark.usefixtures("several_parts")
+
+
 def rtn(folder: Path, form=None, sites=None) -> Recipe:
     return recipe_of(form or INT4, "identity", "nearest", sites or everywhere(Plain(folder).held), 0)
 
@@ -35,14 +38,6 @@ def step(*sites: str, form=None, saliency="identity", fit="nearest") -> Step:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".safetensors", ".json")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def several_parts():
-    """Blocks this small would all share one part."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("perjoule.compress.checkpoint.run.UNIT_BYTES", 1)
-        yield
 
 
 @pytest.fixture(scope="module")

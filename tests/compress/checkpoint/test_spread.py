@@ -30,6 +30,8 @@ from perjoule.doors.streamed import stack, windows
 from perjoule.train.spread import Spread
 
 INT4 = {"name": "Grid", "bits": 4, "group": 16, "symmetric": False}
+pytestmark = pytest.mark.usefixtures("several_parts")
+
 FORM = Grid(bits=3, group=16, symmetric=False)
 LOADED = "perjoule.compress.checkpoint.run perjoule.doors.streamed transformers.models.llama.modeling_llama"
 BLIND = f"""
@@ -70,14 +72,6 @@ except PerjouleError as error:
 
 def contents(folder: Path, *but: str) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in but}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def several_parts():
-    """Blocks this small would all share one part."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("perjoule.compress.checkpoint.run.UNIT_BYTES", 1)
-        yield
 
 
 @pytest.fixture(scope="module")
