@@ -138,6 +138,26 @@ def test_a_ceiling_of_nothing(ceiling, found):
     assert (solved and solved.cost) == found
 
 
+@pytest.mark.parametrize("ceiling", [1e-6, 2.3e-131, 5e-324])
+def test_a_ceiling_may_be_as_small_as_numbers_are(ceiling):
+    """What bursts it is out of the question; it does not drown the rest of the problem."""
+    menus = {
+        "a": [choice("a", 1, 1.0, damage=1.0), choice("a", 1, 5.0, damage=ceiling)],
+        "b": [choice("b", 9, 2.0), choice("b", 9, 1.0, damage_width=0.5)],
+    }
+    limits = [(damage, ceiling), (nbytes, 10)]
+    assert [c.cost for c in allocate(menus, [], minimise=lambda c: c.cost, limits=limits).choices] == [5.0, 2.0]
+
+
+def test_what_bursts_alone_may_fit_when_a_block_gives_bytes_back():
+    menus = {
+        "a": [choice("a", 12, 1.0), choice("a", 9, 3.0)],
+        "b": [choice("b", 4, 1.0), choice("b", -2, 1.5)],
+    }
+    assert allocate(menus, [], minimise=lambda c: c.cost, limits=[(nbytes, 10)]).cost == 2.5
+    assert allocate(menus, [], minimise=lambda c: c.cost, limits=[(nbytes, 9)]).cost == 4.5
+
+
 def test_a_width_nobody_can_read_is_not_made():
     menus = {
         "a": [choice("a", 1, 1.0, wide_out=2), choice("a", 9, 9.0, wide_out=4)],

@@ -106,8 +106,9 @@ def allocate(
 ) -> Allocation | None:
     """The best allocation, or None if no allocation meets the limits.
 
-    `limits` are (value of a choice, ceiling of the sum). Values are scaled to their ceiling, so that HiGHS's
-    tolerances mean the same in bytes and in damages; ceilings hold exactly on the returned sums.
+    `limits` are (value of a choice, ceiling of the sum). Choices that no allocation under a ceiling can hold are taken
+    out, and the values of the others scaled to their ceiling, so that HiGHS's tolerances mean the same in bytes and in
+    damages however small the ceiling; ceilings hold exactly on the returned sums.
     """
     choices = [c for menu in menus.values() for c in menu]
     column = {name: i for i, name in enumerate(menus)}
@@ -129,20 +130,24 @@ def allocate(
             rows += [*((len(lower), k, 1.0) for k in one), *((len(lower), k, -1.0) for k in other)]
             lower.append(0.0)
             upper.append(0.0)
+    possible = np.ones(len(choices), dtype=bool)
+    site = np.array([column[c.site] for c in choices])
     for value, ceiling in limits:
-        scale = 1 / ceiling if ceiling > 0 else 1.0
-        rows += [(len(lower), k, value(c) * scale) for k, c in enumerate(choices)]
+        values = np.array([value(c) for c in choices], dtype=float)
+        possible &= ~_bursts(values, site, ceiling)
+        unit = max(abs(ceiling), float(np.abs(values[possible]).max(initial=0.0))) or 1.0
+        rows += [(len(lower), int(k), float(values[k] / unit)) for k in np.flatnonzero(possible)]
         lower.append(-np.inf)
-        upper.append(ceiling * scale)
+        upper.append(ceiling / unit)
     costs = np.array([minimise(c) for c in choices], dtype=float)
-    index_r, index_c, values = (np.array(v) for v in zip(*rows, strict=True))
-    matrix = coo_array((values, (index_r, index_c)), shape=(len(lower), len(choices))).tocsr()
+    index_r, index_c, entries = (np.array(v) for v in zip(*rows, strict=True))
+    matrix = coo_array((entries, (index_r, index_c)), shape=(len(lower), len(choices))).tocsr()
     for less in (0.0, TOLERANCE):  # the second time, no solution within the tolerance is above a ceiling
         solved = milp(
             costs / max(float(np.abs(costs).max()), 1e-30),
             constraints=LinearConstraint(matrix, lower, np.array(upper) - less * np.isneginf(lower)),
             integrality=np.ones(len(choices)),
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, possible.astype(float)),
             options={"mip_rel_gap": 1e-6, "time_limit": 20.0},
         )
         if solved.x is None:
@@ -151,3 +156,11 @@ def allocate(
         if all(sum(map(value, chosen)) <= ceiling for value, ceiling in limits):
             return Allocation(choices=chosen)
     return None
+
+
+def _bursts(values: np.ndarray, site: np.ndarray, ceiling: float) -> np.ndarray:
+    """Choices that are above the ceiling even with the least that all other sites can take; the last digits forgiven."""
+    least = np.full(int(site.max()) + 1, np.inf)
+    np.minimum.at(least, site, values)
+    total = least.sum()
+    return values - least[site] + total > ceiling + 1e-12 * (np.abs(values) + np.abs(least).sum())
