@@ -159,8 +159,9 @@ def allocate(
 
 
 def _bursts(values: np.ndarray, site: np.ndarray, ceiling: float) -> np.ndarray:
-    """Choices that are above the ceiling even with the least that all other sites can take; the last digits forgiven."""
+    """Choices above the ceiling even with the least that all other sites can take; last digits are forgiven."""
     least = np.full(int(site.max()) + 1, np.inf)
     np.minimum.at(least, site, values)
-    total = least.sum()
-    return values - least[site] + total > ceiling + 1e-12 * (np.abs(values) + np.abs(least).sum())
+    forgiven = 1e-12 * (np.abs(values) + np.abs(least).sum())
+    bursts: np.ndarray = values - least[site] + least.sum() > ceiling + forgiven
+    return bursts
