@@ -15,7 +15,7 @@ def _tiny(kind: str, **changes):
         "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": False,
     }  # fmt: skip
     torch.manual_seed(0)
-    name = "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    name = f"{kind}TextConfig" if kind in ("Gemma3", "Llama4") else f"{kind}Config"
     config = getattr(transformers, name)(**sizes | changes)
     name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
     return getattr(transformers, name)._from_config(config).eval()

@@ -37,10 +37,36 @@ class Doubled(Turned):
         return F.linear(x @ self.weight, self.weight)
 
 
+class Viewed(nn.Linear):
+    """As Falcon's layers read theirs."""
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+class Stacked(nn.Module):
+    """Two stacks of experts as Llama 4 has them, (E, I, O) and here also (E, O, I), and a table that is no product."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.zeros(3, 4, 6)), nn.Parameter(torch.zeros(3, 4, 6))
+        self.table = nn.Parameter(torch.zeros(1, 4, 4))
+
+    def forward(self, x):
+        x_ENI = x.view(3, -1, 4) + self.table[:, :1]
+        return torch.bmm(torch.bmm(x_ENI, self.up), self.down.mT).view(-1, 4)
+
+
 def test_how_a_weight_lies_is_seen_in_its_product():
     with torch.device("meta"):
-        model = nn.ModuleDict({"l": nn.Linear(4, 4), "t": Turned(), "d": Doubled(), "e": nn.Embedding(4, 4)})
-    assert layouts(model) == {"l.weight": Layout(), "t.weight": Layout(turned=True)}
+        model = nn.ModuleDict(
+            {"l": nn.Linear(4, 4), "t": Turned(), "d": Doubled(), "e": nn.Embedding(4, 4), "v": Viewed(4, 4),
+             "s": Stacked(), "c": nn.Conv1d(4, 4, 3)}
+        )  # fmt: skip
+    assert layouts(model) == {
+        "l.weight": Layout(), "t.weight": Layout(turned=True), "v.weight": Layout(),
+        "s.up": Layout(turned=True, experts=3), "s.down": Layout(experts=3),
+    }  # fmt: skip
 
 
 def fitted(w_OI, x_NI):
@@ -114,6 +140,27 @@ def test_each_expert_is_fitted_under_its_own_tokens(tiny, tmp_path, tokens):
                     same(found.dense(f"model.layers.{number}.mlp.experts.{name}")[e], weight[e])
                 else:
                     weight[e] = found.dense(f"model.layers.{number}.mlp.experts.{name}")[e]
+
+
+def test_experts_that_are_multiplied_all_at_once(tiny, tmp_path, tokens):
+    """Llama 4 gives every expert all tokens, those of others as zeros, which weigh nothing."""
+    model = tiny("Llama4", num_local_experts=4, intermediate_size_mlp=44, head_dim=8, num_hidden_layers=1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "experts" in name:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) / 4)
+    model.save_pretrained(tmp_path / "in")
+    work = calibrated(tmp_path / "in", tokens, sites=("*.experts.gate_up_proj",))
+    run(work, tmp_path / "out")
+    experts, seen = model.model.layers[0].feed_forward.experts, []
+    handle = experts.register_forward_pre_hook(lambda m, a: seen.append(a[0].view(4, -1, 32)))
+    with torch.inference_mode():
+        model(work.tokens_NL, use_cache=False)
+    handle.remove()
+    name = "model.layers.0.feed_forward.experts.gate_up_proj"
+    for e, x_NI in enumerate(torch.cat(seen, 1)):
+        assert (x_NI == 0).all(-1).any()
+        same(Folder(tmp_path / "out").dense(name)[e], fitted(experts.gate_up_proj[e].detach().T, x_NI).T)
 
 
 def test_a_form_for_the_whole_matrix_takes_no_stack(tiny, tmp_path, tokens):

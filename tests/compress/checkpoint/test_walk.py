@@ -35,6 +35,7 @@ KINDS = {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
     "GPT2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "Llama4": {"num_local_experts": 4, "intermediate_size_mlp": 44, "head_dim": 8},  # asks its embedding for its device
 }
 
 
@@ -242,6 +243,31 @@ def test_layers_that_nobody_asks_are_named(tmp_path):
     nearest = FORM.nearest(model.h[0].experts[9].weight.detach(), Metric(diagonal_OI=torch.ones(1, 8))).dense()
     found = Folder(tmp_path / "out").dense("h.0.experts.9.weight")
     assert (found - model.h[0].experts[9].weight).square().sum() < 2 * (nearest - found).square().sum() + 1
+
+
+class _Elsewhere(_Small):
+    """Moves its input to where the weights of the layer that is asked next seem to be."""
+
+    def __init__(self):
+        super().__init__()
+        self.into = nn.Linear(8, 8)
+
+    def forward(self, input_ids, use_cache):
+        x = self.into(self.embed(input_ids).to(self.into.weight.device))
+        return self.h[0](hidden_states=x, scale=0.5)[0]
+
+
+def test_an_input_that_is_moved_to_nowhere_is_refused():
+    with torch.device("meta"):
+        empty = _Elsewhere()
+    names = {n: torch.zeros(p.shape) for n, p in empty.state_dict().items()}
+
+    class Zeros(dict):
+        dense = dict.__getitem__
+
+    found, refused = Stack(empty, lambda m: None, names), "puts the input of 'into' where its weights were before"
+    with found.around(Zeros(names)), pytest.raises(BadInput, match=refused):
+        found.head(torch.zeros(1, 4, dtype=torch.long), Zeros(names))
 
 
 def test_token_files(tokens, tmp_path):

@@ -5,8 +5,8 @@
     experts         y_e = x_e W_eᵀ or x_e W_e  one tensor (E, O, I) or (E, I, O): a matrix an expert, each under the
                                                inputs of the tokens that ask for it
 
-Which way a module reads its weight is not told by its class: it is called once without data, and its product looked
-at. A module that stacks experts says itself how they lie (`is_transposed`, as transformers 5 does). Experts are no
+Which way a module reads its weights is not told by its class: it is called once without data, and its products looked
+at. A module that stacks experts may say itself how they lie (`is_transposed`, as transformers 5 does). Experts are no
 modules; their products are found where torch is called, by the memory that the weight lies in.
 
 Cost     nothing for layers; a look at every torch call of a block with stacked experts.
@@ -50,15 +50,17 @@ def layouts(model: nn.Module) -> dict[str, Layout]:
     """By tensor name, all weights of the model (on the meta device) whose inputs can be seen."""
     found: dict[str, Layout] = {}
     for name, module in model.named_modules():
-        own = {f"{name}.{n}": p for n, p in module.named_parameters(recurse=False)}
+        own = {
+            n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3 or (n == "weight" and p.ndim == 2)
+        }
         if type(module) is nn.Linear:
-            found[f"{name}.weight"] = Layout()
+            how = {"weight": Layout()}
         elif isinstance(getattr(module, "is_transposed", None), bool):
-            stacks = {n: p for n, p in own.items() if p.ndim == 3}
-            found |= {n: Layout(turned=bool(module.is_transposed), experts=len(p)) for n, p in stacks.items()}
-        elif f"{name}.weight" in own and own[f"{name}.weight"].ndim == 2 and not isinstance(module, nn.Embedding):
-            layout = _called(module)
-            found |= {f"{name}.weight": layout} if layout is not None else {}
+            turned = bool(module.is_transposed)
+            how = {n: Layout(turned=turned, experts=len(p)) for n, p in own.items() if p.ndim == 3}
+        else:
+            how = _called(module, own) if own and not isinstance(module, nn.Embedding) else {}
+        found |= {f"{name}.{n}": layout for n, layout in how.items()}
     return found
 
 
@@ -72,21 +74,25 @@ def placed(known: Mapping[str, Layout], what: Chosen, place: Place | None) -> tu
     return replace(what, place=(place.weight, place.expert)), layout
 
 
-def _called(module: nn.Module) -> Layout | None:
-    """How a module reads its weight, by calling it on nothing; None where that is no plain product."""
-    weight: Any = module.weight
-    for size in dict.fromkeys(weight.shape):
-        seen: list[bool] = []
+def _called(module: nn.Module, own: Mapping[str, nn.Parameter]) -> dict[str, Layout]:
+    """How a module reads its weights, by calling it on nothing; without those that it multiplies by never or often."""
+    stacks = {len(p) for p in own.values() if p.ndim == 3}
+    tokens = (2 * max(stacks),) if stacks else (1, 2)
+    attempts = []
+    for size in dict.fromkeys(size for p in own.values() for size in p.shape[-2:]):
+        seen: dict[str, list[Layout]] = {}
 
-        def look(operand: Any, x: Tensor, turned: bool, seen: list[bool] = seen) -> None:
-            if operand is weight:
-                seen.append(turned)
+        def look(operand: Any, x: Tensor, turned: bool, seen: dict[str, list[Layout]] = seen) -> None:
+            for n, weight in own.items():
+                if operand is weight or (operand._base is weight and operand.shape == weight.mT.shape):
+                    experts = len(weight) if weight.ndim == 3 else 0
+                    flipped = operand is not weight and operand.stride() == weight.mT.stride()
+                    seen.setdefault(n, []).append(Layout(turned=turned != flipped, experts=experts))
 
-        with contextlib.suppress(RuntimeError, TypeError, ValueError, IndexError), torch.no_grad(), _Products(look):
-            module(torch.empty(1, 2, size, device=weight.device))
-            if len(seen) == 1:
-                return Layout(turned=seen[0])
-    return None
+        with contextlib.suppress(Exception), torch.no_grad(), _Products(look):
+            module(torch.empty(*tokens, size, device=next(iter(own.values())).device))
+            attempts.append({n: how[0] for n, how in seen.items() if len(how) == 1})
+    return max(attempts, key=len, default={})
 
 
 class _Products(TorchFunctionMode):

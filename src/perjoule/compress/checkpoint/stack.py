@@ -9,7 +9,8 @@ positions, masks, norms, the output layer - is the model's own code, run with th
     block    loaded, run, dropped, by whoever asks
     tail     x -> logits: the blocks pass on, the last one hands the final x over
 
-A module outside the blocks is loaded when it is first called, so the head never loads the output layer.
+A module outside the blocks is loaded when it is first called, so the head never loads the output layer; embeddings at
+once, since models ask for their device before they call them.
 
 Cost     memory of one block, and of the embeddings or the output layer.
 Shapes   B windows, L tokens, D width, V vocabulary.
@@ -161,7 +162,12 @@ class Stack:
         here: list[nn.Module] = []
 
         def load(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any) -> None:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                if any(
+                    isinstance(a, Tensor) and a.is_meta for a in (*args, *kwargs.values())
+                ):  # an answer would be made of nothing
+                    raise BadInput(f"{type(self.model).__name__} puts the input of '{name}' where its weights were "
+                                   "before it is called; use a method without data")  # fmt: skip
                 if module not in here:
                     here.append(module)
                     self._load(name, module, weights, recurse=False)
@@ -173,7 +179,9 @@ class Stack:
                 inside = f"{name}.".startswith(f"{self.prefix}.")
                 holds = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
                 if holds and not inside:
-                    handles.append(module.register_forward_pre_hook(load(name)))
+                    handles.append(module.register_forward_pre_hook(load(name), with_kwargs=True))
+                    if isinstance(module, nn.Embedding):
+                        load(name)(module, (), {})
             yield
         finally:
             for handle in handles:
