@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import save_file
 from torch import nn
 
@@ -268,6 +269,29 @@ def test_an_input_that_is_moved_to_nowhere_is_refused():
     found, refused = Stack(empty, lambda m: None, names), "puts the input of 'into' where its weights were before"
     with found.around(Zeros(names)), pytest.raises(BadInput, match=refused):
         found.head(torch.zeros(1, 4, dtype=torch.long), Zeros(names))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "refused"),
+    [
+        (
+            "T5",
+            {"d_model": 32, "d_ff": 44, "num_layers": 1, "num_heads": 2, "d_kv": 8},
+            "not answer to token ids alone",
+        ),
+        (
+            "ResNet",
+            {"embedding_size": 8, "hidden_sizes": [8], "depths": [1]},
+            "no layer of a block|no embedding of token",
+        ),
+    ],
+)
+def test_a_model_that_reads_something_else_is_refused_and_nothing_written(kind, sizes, refused, tmp_path, tokens):
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    getattr(transformers, f"{kind}Model")._from_config(config).save_pretrained(tmp_path / "in")
+    with pytest.raises(BadInput, match=refused):
+        run(calibrated(tmp_path / "in", tokens), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_token_files(tokens, tmp_path):

@@ -149,6 +149,9 @@ def run(
     writable(out)
     if finished(out) and not resume:
         raise BadInput(f"{out} holds a finished compressed folder; choose another --out")
+    if job.stack is not None and job.tokens_NL is not None:
+        with job.stack.around(job.source):  # a model that takes no tokens is refused before anything is written
+            job.stack.head(next(iter(mini_batches(job.tokens_NL))), job.source)
     units = {f"part-{number:05}.safetensors": names for number, names in enumerate(_units(job))}
     with Books(out, _identity(job), list(units), spread, resume=resume) as books:
         blocks = {f: n for f, n in units.items() if job.stack is not None and block_of(n[0]) in job.stack.blocks}

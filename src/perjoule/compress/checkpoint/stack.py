@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from perjoule.compress.checkpoint.choice import Place
 from perjoule.compress.checkpoint.folder import Weights
-from perjoule.core.errors import BadInput
+from perjoule.core.errors import BadInput, PerjouleError
 
 Refill = Callable[[nn.Module], None]
 """Computes, in place, the buffers of a freshly allocated module that no checkpoint holds (frequencies of positions)."""
@@ -68,8 +68,11 @@ class Stack:
 
     @property
     def width(self) -> int:
-        """D."""
-        return next(m.embedding_dim for m in self.model.modules() if isinstance(m, nn.Embedding))
+        """D. Raises BadInput for a model that reads no tokens."""
+        found = next((m.embedding_dim for m in self.model.modules() if isinstance(m, nn.Embedding)), None)
+        if found is None:
+            raise BadInput(f"{type(self.model).__name__} has no embedding of token ids; use a method without data")
+        return found
 
     def shapes(self, block: str) -> dict[str, tuple[int, ...]]:
         """Shapes of a block's weights, by their full names."""
@@ -141,8 +144,17 @@ class Stack:
             return logits
 
     def _answer(self, ids_BL: Tensor) -> Any:
-        with torch.inference_mode():
-            return self.model(input_ids=ids_BL, use_cache=False)
+        try:
+            with torch.inference_mode():
+                return self.model(input_ids=ids_BL, use_cache=False)
+        except (_Reached, PerjouleError, OSError, MemoryError):
+            raise
+        except Exception as error:  # a stranger's code, given what every language model takes
+            why = str(error).splitlines() or [""]
+            raise BadInput(
+                f"{type(self.model).__name__} does not answer to token ids alone "
+                f"({type(error).__name__}: {why[0][:100]}); use a method without data"
+            ) from error
 
     @contextlib.contextmanager
     def _standing_in(self, make: Callable[[int, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
