@@ -4,7 +4,8 @@
 
 Bars: start below 50 ms, below 0.1 % of one core at 1 Hz, a window (two marks and its reading) below 1 ms. The share is
 the CPU time of a process that only sleeps, with a meter running, minus the same without one; the median of the rounds.
-Marks of the machine's own sensors, and of one that is read on a thread of its own, as vendors' libraries are.
+Marks of the machine's own sensors, an edge of a phase (measure/phases.py), and marks of a sensor that is read on a
+thread of its own, as vendors' libraries are.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from perjoule.devices.cpu_specs import identify
 from perjoule.measure.meter import Meter
+from perjoule.measure.phases import Phases
 from perjoule.testing.sensors import SteadySensor
 
 BARS = {"start_s": 0.050, "share": 0.001, "window_s": 0.001, "guarded_window_s": 0.001}
@@ -57,6 +59,17 @@ def window_s(meter: Meter, count: int = 2000) -> tuple[float, float]:
     return statistics.median(marks), statistics.median(windows)
 
 
+def edge_s(meter: Meter, count: int = 1000) -> float:
+    """Median seconds of one edge of a phase."""
+    phases, edges = Phases(meter), []
+    for _ in range(count):
+        start = time.perf_counter()
+        with phases("forward"):
+            pass
+        edges.append((time.perf_counter() - start) / 2)
+    return statistics.median(edges)
+
+
 def once(seconds: float) -> dict[str, float]:
     without_s = sleeping(seconds)
     start = time.perf_counter()
@@ -64,6 +77,7 @@ def once(seconds: float) -> dict[str, float]:
     found = {"start_s": time.perf_counter() - start}
     found["share"] = (sleeping(seconds) - without_s) / seconds
     found["mark_s"], found["window_s"] = window_s(meter)
+    found["edge_s"] = edge_s(meter)
     start = time.perf_counter()
     meter.stop()
     found["stop_s"] = time.perf_counter() - start

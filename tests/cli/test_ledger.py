@@ -2,13 +2,16 @@
 
 import csv
 import json
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from tests.cli.running import run
 
 from perjoule.cli import hours
+from perjoule.core.errors import BadInput
 from perjoule.devices import live
+from perjoule.devices.grid import Hour
 from perjoule.measure.project import Site
 
 
@@ -52,6 +55,24 @@ def test_codecarbon_is_taken_over(told, tmp_path):
     assert run["reading"]["energy_j"]["value"] == 3.6e6
     assert run["reading"]["energy_j"]["how"] == "assumed"
     assert (run["experiment"], run["at"]) == ("old", "2026-11-22T10:00:00+00:00")
+    told("ledger", "import", "emissions.csv", "--experiment", "old")
+    assert len(json.loads(told("ledger", "--json"))["runs"]) == 1, "taken over again, it counts once"
+
+
+def test_a_meter_inside_a_meter_is_counted_once(told):
+    """Two runs in the list, each with what it measured; in the sum and in the statement the outer one's joules."""
+    told("ledger", "init", "--place", "DE")
+    inner = [sys.executable, "-c", "from perjoule.cli.main import main; main()", "measure", "--", "sleep", "0.3"]
+    told("measure", "--", *inner)
+    document = json.loads(told("ledger", "--json"))
+    outer, within = (r["reading"]["energy_j"]["value"] for r in document["runs"])
+    (total,) = document["totals"]
+    assert total["energy_j"]["value"] == pytest.approx(outer)
+    assert total["twice_j"] == pytest.approx(within)
+    assert "that several runs measured at once are counted once" in told("ledger")
+    stated = json.loads(told("ledger", "statement", "--unit", "request", "--json"))
+    assert stated["energy_j"]["value"] == pytest.approx(outer)
+    assert stated["operational_kgco2e"]["value"] == pytest.approx(total["carbon_kgco2e"]["value"])
 
 
 @pytest.mark.parametrize("wrong", [["--place", "Atlantis"], ["--pue", "0.2"], ["--price", "-1"], ["--hours", "no.csv"]])
@@ -88,6 +109,19 @@ def test_the_greenest_start_and_place(told, tmp_path):
     assert "does not fit; the series has 4" in told("ledger", "when", "5h", "--hours", "a.csv", code=2)
     assert "unknown provider 'gp'; did you mean gb?" in told("ledger", "fetch", "gp", "--out", "c.csv", code=2)
     assert "write a time such as" in told("ledger", "fetch", "gb", "--out", "c.csv", "--since", "dawn", code=2)
+
+
+def test_no_job_starts_in_hours_that_have_passed():
+    """The file begins yesterday, when it was cleanest; it is half past its third hour."""
+    series = [
+        Hour(at=f"2026-03-20T{h:02}:00:00+00:00", kg_per_kwh=kg) for h, kg in enumerate((0.1, 0.2, 0.5, 0.3, 0.4))
+    ]
+    found = hours._start("here", series, 3600.0, 0.0, datetime(2026, 3, 20, 2, 30, tzinfo=UTC))
+    assert (found.at, found.kg_per_kwh, found.first_kg_per_kwh, found.passed) == (series[3].at, 0.3, 0.5, 2)
+    with pytest.raises(BadInput, match="here: a job of 4 hours does not fit; the series has 3, 2 others have passed"):
+        hours._start("here", series, 4 * 3600.0, 0.0, datetime(2026, 3, 20, 2, 30, tzinfo=UTC))
+    for other in (datetime(2026, 3, 19, tzinfo=UTC), datetime(2026, 3, 21, tzinfo=UTC)):
+        assert hours._start("here", series, 3600.0, 0.0, other).at == series[0].at, "all of it is ahead, or past"
 
 
 def test_fetched_hours_carry_the_runs_they_cover(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """`perjoule measure` from outside."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -66,6 +67,18 @@ def test_json_file_leaves_the_streams_alone(tmp_path: Path):
     assert from_json(Measured, json.loads(path.read_text())).command == ("echo", "hi")
 
 
+def test_a_file_that_cannot_be_written_in_the_end_leaves_the_figure(tmp_path: Path):
+    """On a terminal that knows no µ."""
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "measure", "--json-file", str(tmp_path), "--", "sh", "-c", "echo hi; exit 3"],
+        capture_output=True, text=True, check=False, timeout=60, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (3, "hi\n")
+    assert "its figure could not be written: [Errno 21]" in done.stderr
+    assert "energy  " in done.stderr
+    assert "idle " in done.stderr
+
+
 def test_a_file_that_cannot_be_written_is_said_before_the_command_runs(tmp_path: Path):
     done = perjoule("--json-file", str(tmp_path / "no" / "x.json"), "--", "echo", "ran")
     assert done.returncode == 2
@@ -79,6 +92,10 @@ def test_a_file_that_cannot_be_written_is_said_before_the_command_runs(tmp_path:
         (["--", "no-such-command"], "perjoule: cannot run 'no-such-command': no such command, or not executable\n"),
         (["--typo", "echo"], "No such option"),
         ([], "Missing argument"),
+        (
+            ["--against", "it's", "--", "true"],
+            "--against it's: no closing quotation; write the command as in a shell\n",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_line_and_code_2(arguments: list[str], message: str):

@@ -137,12 +137,15 @@ def counting(library: FakeAmdSmi) -> AmdSmiGpu:
     return sensor
 
 
-def test_a_reset_loses_at_most_one_reading():
+def test_a_reset_is_bridged_at_the_power_before():
+    """600 J at 200 W, then 5 J on a fresh counter: at least 605 J, most likely 800."""
     library = FakeAmdSmi()
     sensor = counting(library)
+    (before,) = sensor.read(3.0)
     library.joules[0] = 5.0
     (energy,) = sensor.read(4.0)
-    assert energy.value == pytest.approx(605, rel=1e-3)
+    assert energy.value == pytest.approx(800, rel=1e-3)
+    assert energy.low == pytest.approx(before.low + 5)
     assert energy.high >= 805
     assert "reset" in sensor.notes[0]
 

@@ -97,6 +97,20 @@ def test_full_load_draws_the_maximum():
     assert sum(j.value for j in sensor.read(10.0)) == pytest.approx(500)
 
 
+def test_before_the_first_tick_the_interval_holds_whatever_others_do():
+    """5 ms with all four CPUs busy with somebody else's work, and no tick of it yet; and with nobody's."""
+    sensor, host, _ = model()
+    sensor.read(0.0)
+    host.busy = 0.009
+    idle, mine, others = sensor.read(0.005)
+    assert (mine.value, others.value, others.low) == (0, 0, 0)
+    assert idle.value + others.high / SPEC.spread[1] == pytest.approx(50 * 0.005)
+    host.busy = 4.0
+    later = sensor.read(1.0)[2]
+    assert later.value == pytest.approx(40 * 0.995, rel=0.01), "from then on it is known"
+    assert later.high - others.high == pytest.approx(later.value * SPEC.spread[1] + 40 * 0.01, rel=0.05)
+
+
 def test_power_above_idle_is_shared_by_cpu_time():
     sensor, host, tree = model()
     sensor.read(0.0)

@@ -1,6 +1,7 @@
 """Names are matched whole, microarchitectures by number, and what is unknown says so."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +100,15 @@ def test_arm_server_and_nothing_at_all():
 def test_every_row_is_a_plausible_power():
     assert all(math.isfinite(w) and 10 <= w <= 600 for w in TDP_W.values())
     assert all(0 < low < high < 10 for low, high in SERVER_W.values())
+
+
+def test_a_cpu_that_the_system_does_not_describe_is_still_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    """/proc/cpuinfo is not for us, or no descriptor is left: a wide prior, and never no processor at all."""
+
+    def refused(self: Path, *args: object, **kwargs: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    spec = spec_of(identify())
+    assert spec.max_w > spec.idle_w > 0
+    assert "unknown CPU" in spec.source

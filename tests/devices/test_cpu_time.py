@@ -1,5 +1,7 @@
 """CPU seconds of the machine and of a process tree."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +21,15 @@ def spin(seconds: float) -> None:
     end = time.process_time() + seconds
     while time.process_time() < end:
         pass
+
+
+def seen(tree: TreeTime, before: float, least_s: float) -> float:
+    """What the tree has used since `before`, as soon as it is `least_s`, however busy the machine is."""
+    end_s = time.monotonic() + 20
+    while (used := tree.cpu_s(time.monotonic()) - before) < least_s:
+        assert time.monotonic() < end_s, "the work of another process is not seen"
+        time.sleep(0.02)
+    return used
 
 
 def test_own_work_is_seen_finely():
@@ -42,9 +53,7 @@ def test_a_child_counts_while_it_lives_and_after():
     tree = TreeTime(refresh_s=0.0)
     before = tree.cpu_s(time.monotonic())
     child = subprocess.Popen([sys.executable, "-c", SPIN.format(0.4) + "\ninput()"], stdin=subprocess.PIPE)
-    time.sleep(0.25)
-    alive = tree.cpu_s(time.monotonic()) - before
-    assert alive > 0.05
+    alive = seen(tree, before, 0.05)
     child.communicate(b"\n")
     after = tree.cpu_s(time.monotonic()) - before
     assert after == pytest.approx(0.45, abs=0.15)
@@ -62,16 +71,51 @@ def test_a_given_process_that_is_not_ours_counts_and_may_end(monkeypatch: pytest
     pid = int(out.stdout)
     tree, without = TreeTime([pid], refresh_s=0.0), TreeTime(refresh_s=0.0)
     with_before, without_before = tree.cpu_s(time.monotonic()), without.cpu_s(time.monotonic())
-    time.sleep(0.3)
-    seen = tree.cpu_s(time.monotonic()) - with_before
-    assert seen > 0.05
-    assert without.cpu_s(time.monotonic()) - without_before < seen / 2
+    work = seen(tree, with_before, 0.3)
+    assert without.cpu_s(time.monotonic()) - without_before < work / 2
     subprocess.run(["kill", str(pid)], check=True)
-    monkeypatch.setattr(cpu_time, "_spent_s", lambda pid: None)  # gone, wherever nobody keeps it as a zombie
+    monkeypatch.setattr(cpu_time, "_spent", lambda pid: None)  # gone, wherever nobody keeps it as a zombie
     ended = tree.cpu_s(time.monotonic())
-    assert ended - with_before >= seen
+    assert ended - with_before >= work
     spin(0.05)
     assert tree.cpu_s(time.monotonic()) - ended > 0.04, "our own work still counts after it ended"
+
+
+def test_a_child_that_outlives_its_parent_and_ends_takes_nothing_with_it():
+    """It has spun for 0.2 s when it goes, waited for by nobody of the tree; what we do then is seen at once."""
+    script = "sh -c 'while :; do :; done' >/dev/null & echo $!; read answer; true"
+    tree = TreeTime(refresh_s=0.0)
+    before = tree.cpu_s(time.monotonic())
+    shell = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert shell.stdout is not None
+    pid = int(shell.stdout.readline())
+    seen(tree, before, 0.2)
+    shell.communicate("\n")
+    alive = tree.cpu_s(time.monotonic())
+    os.kill(pid, signal.SIGKILL)
+    end_s = time.monotonic() + 3  # until whoever reaps orphans here has done so
+    while cpu_time._spent(pid) is not None and time.monotonic() < end_s:
+        time.sleep(0.01)
+    ended = tree.cpu_s(time.monotonic())
+    assert ended >= alive
+    spin(0.1)
+    assert tree.cpu_s(time.monotonic()) - ended > 0.09
+
+
+def test_children_that_are_waited_for_are_counted_once():
+    """Each seen alive and then in our own children's time: as much as the system says, to a few ticks."""
+    tree = TreeTime(refresh_s=0.0)
+    before, times = tree.cpu_s(time.monotonic()), os.times()
+    for _ in range(8):
+        child = subprocess.Popen([sys.executable, "-S", "-c", SPIN.format(0.03) + "\ninput()"], stdin=subprocess.PIPE)
+        for _ in range(10):
+            time.sleep(0.01)
+            tree.cpu_s(time.monotonic())
+        child.communicate(b"\n")
+        tree.cpu_s(time.monotonic())
+    after = os.times()
+    really = sum(after[:4]) - sum(times[:4])
+    assert tree.cpu_s(time.monotonic()) - before == pytest.approx(really, abs=0.05)
 
 
 def test_no_such_process_is_one_clear_error():

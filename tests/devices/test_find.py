@@ -53,6 +53,13 @@ def test_the_first_driver_wins_each_component():
     assert [f.name for f in choose(find(drivers))] == ["counter", "gpu"]
 
 
+def test_cards_of_two_makers_are_both_taken_and_one_card_never_twice():
+    cards = (Fixed("nvml", "gpu"), Fixed("hwmon", "gpu"), Fixed("amd smi", "gpu"))
+    assert [f.name for f in choose(find(cards))] == ["nvml", "hwmon"], "AMD SMI reads the cards that hwmon shows"
+    assert [f.name for f in choose(find((Fixed("module", "cpu", "gpu"), *cards)))] == ["module"]
+    assert [f.name for f in choose(find((*cards, Fixed("battery", "cpu", "gpu", "board"))))] == ["nvml", "hwmon"]
+
+
 def test_what_another_road_reads_is_not_missed():
     """RAPL by powercap and by perf: whichever works, the other is shown and not told as missing; a GPU is."""
 

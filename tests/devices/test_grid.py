@@ -3,6 +3,7 @@
 import csv
 import random
 import re
+from datetime import datetime
 from importlib.resources import files
 
 import pytest
@@ -11,6 +12,7 @@ from perjoule.core.errors import BadInput, UnknownName
 from perjoule.devices import grid
 from perjoule.devices.grid import Hour, cheapest_window, hourly, intensity, means
 from perjoule.devices.sites import pue, sites
+from perjoule.measure.project import Site
 
 ROWS = grid.table("grid.csv")
 PLACES = grid.table("places.csv")
@@ -150,6 +152,22 @@ def test_hours_with_a_zone(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("stamps", "first"),
+    [
+        (("2026-03-29T01:00+01:00", "2026-03-29T03:00+02:00", "2026-03-29T04:00+02:00"), "spring: a day of 23 hours"),
+        (("2026-10-25T02:00+02:00", "2026-10-25T02:00+01:00", "2026-10-25T03:00+01:00"), "autumn: a day of 25 hours"),
+    ],
+)
+def test_hours_of_a_local_clock_that_changes(stamps, first, tmp_path):
+    """With its offsets such a day has no gap and no hour twice, and a run in its middle hour has that hour's figure."""
+    rows = "".join(f"{stamp},{100 * (i + 1)}\n" for i, stamp in enumerate(stamps))
+    path = written(tmp_path, f"hour,gco2_per_kwh\n{rows}")
+    assert [h.kg_per_kwh for h in hourly(path)] == pytest.approx([0.1, 0.2, 0.3]), first
+    middle = datetime.fromisoformat(stamps[1])
+    assert Site(hours=str(path)).kg_per_kwh(middle, 3600).value == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("hour,gco2_per_kwh\n0,300\n1,\n", "line 3: '' is not a carbon intensity"),
@@ -163,6 +181,11 @@ def test_hours_with_a_zone(tmp_path):
         ("when,gco2_per_kwh\n0,300\n", "no time column"),
         ("hour,gco2_per_kwh\n", "has no rows"),
         ("", "has no rows"),
+        ("hour,gco2_per_kwh\n0,412,5\n", "line 2 has 3 cells, the header 2; write decimals with a point"),
+        ("hour,gco2_per_kwh\n1767225600000,300\n", "line 2: '1767225600000' is not a time"),
+        ("hour,gco2_per_kwh\n20260101,300\n20260102,300\n", "line 2: '20260101' is not a time"),
+        ("hour,gco2_per_kwh\n2026-01-01T00:00Z,300\n2026-01-01T01:00,300\n", "line 3: times with an offset and times"),
+        ("hour,gco2_per_kwh\n2026-03-29 01:00,300\n2026-03-29 03:00,300\n", "2:00:00 after the line before it; rows"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, text, said):

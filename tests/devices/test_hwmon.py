@@ -136,6 +136,16 @@ def test_the_server_meter_is_not_added_to_a_card(tmp_path):
     assert [f.name for f in choose(everything(tmp_path))] == ["power_meter hwmon1 power1"]
 
 
+def test_two_kinds_of_meters_of_the_whole_machine_count_it_once(tmp_path):
+    chip(tmp_path, 0, "power_meter", power1_average=500_000_000)
+    chip(tmp_path, 1, "corsairpsu", power1_input=480_000_000, power1_label="power total")
+    found = everything(tmp_path)
+    assert [f.name for f in choose(found)] == ["power_meter hwmon0 power1"]
+    assert [f.why for f in found if not f.default] == [
+        "power supply: power, integrated; power_meter measures it already"
+    ]
+
+
 GRACE = ("Grace Power Socket 0", "CPU Power Socket 0", "SysIO Power Socket 0")
 HOPPER = ("Module Power Socket 0", *GRACE)
 
@@ -291,9 +301,37 @@ def test_kilowatt_hours_count(tmp_path):
     assert FeedCounter(file).joules() == 1.5 * 3.6e6
 
 
+def test_a_counter_that_moves_every_minute_is_neither_dead_nor_an_exact_nothing(tmp_path):
+    """A meter that shows whole watt-hours, 60 W: a step every minute."""
+    file = tmp_path / "meter.csv"
+    sensor = FeedCounter(file)
+    for second in range(0, 300, 2):
+        file.write_text(f"kwh\n{1.5 + int(60 * second / 3600) / 1000:.3f}\n")
+        (joules,) = sensor.read(float(second))
+        assert joules.low - sensor.grain_j <= 60 * second <= joules.high + sensor.grain_j
+    assert sensor.grain_j == pytest.approx(3600)
+    assert joules.value == pytest.approx(4 * 3600)
+    assert "counts in steps of 3.60 kJ" in sensor.notes[0]
+
+
+def test_a_coarse_counter_beside_watts_leaves_them_the_word(tmp_path, monkeypatch):
+    file = tmp_path / "meter.csv"
+    monkeypatch.setenv(VARIABLE, str(file))
+    for kwh, kind in (("1.500", FeedPower), ("1.50000012", FeedCounter)):
+        file.write_text(f"kwh,watts\n{kwh},100\n")
+        (found,) = FeedDriver().find()
+        assert isinstance(found.open(), kind)
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("a,b\n1,2\n", "has no column"), ("watts\n", "is no reading"), ("watts\nlow battery\n", "is no reading")],
+    [
+        ("a,b\n1,2\n", "has no column"),
+        ("watts\n", "is no reading"),
+        ("watts\nlow battery\n", "is no reading"),
+        ("time,watts\n1,12,5\n", "decimals with a point"),
+        ("watts\nnan\n", "is no reading"),
+    ],
 )
 def test_a_feed_that_says_nothing(text, why, tmp_path, monkeypatch):
     file = tmp_path / "meter.csv"

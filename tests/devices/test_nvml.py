@@ -233,6 +233,24 @@ def test_a_reset_counter_loses_at_most_one_reading():
 
 
 @pytest.mark.parametrize(
+    ("models", "listed", "order", "said"),
+    [("AB", "0", "", True), ("AB", "0", "PCI_BUS_ID", False), ("AA", "0", "", False), ("AB", "GPU-0abc", "", False)],
+)
+def test_numbers_of_cards_that_two_libraries_count_differently(models, listed, order, said, monkeypatch):
+    library = FakeNvml(gpus=2)
+    monkeypatch.setattr(library, "nvmlDeviceGetName", lambda handle: models[handle], raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    (chosen,) = choose(NvmlDriver(library, present=True).find())
+    assert any("numbers cards by speed" in note for note in chosen.open().notes) is said
+
+
+def test_what_stands_behind_a_number_that_is_none_is_not_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,-1,1")
+    assert [f.default for f in NvmlDriver(FakeNvml(gpus=2), present=True).find()] == [True, False]
+
+
+@pytest.mark.parametrize(
     ("code", "why", "remedy"),
     [
         (12, "Library Not Found", "install or load"),

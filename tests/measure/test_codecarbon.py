@@ -52,6 +52,9 @@ def test_nothing_is_taken_for_measured(file):
         (HEADER + ROWS.replace("10.0,1e-6", "ten,1e-6", 1), "line 2: could not convert string to float: 'ten'"),
         (HEADER + ROWS.replace("7e-5,Canada", "-7e-5,Canada", 1), "line 2: .* energy cannot be negative"),
         (HEADER + ROWS.replace("2026-11-22T11:00:05+00:00", "yesterday"), "line 4: Invalid isoformat"),
+        (HEADER + ROWS.replace("r2,e", "r2,e,shifted"), "line 4: more cells than the header has names"),
+        (HEADER + ROWS.replace("e,5.0", "e,-5.0"), "line 4: -5 s; time cannot be negative"),
+        (HEADER + ROWS.replace("e,5.0", "e,1e300"), "line 4: "),
     ],
 )
 def test_what_is_no_such_file_is_one_clear_line(text, line, file):

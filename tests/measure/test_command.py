@@ -7,13 +7,17 @@ import subprocess
 import sys
 import textwrap
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from perjoule.core.codec import from_json, to_json
 from perjoule.core.errors import BadInput
+from perjoule.measure import command as command_module
 from perjoule.measure.command import Measured, run
+from perjoule.measure.project import Project, Recording, Site
+from perjoule.measure.share import TOLD
 
 RUN = textwrap.dedent(
     """
@@ -42,6 +46,33 @@ def test_result_and_round_trip():
     assert result.reading.energy_j.value > 0
     assert result.reading.time_s.value > 0
     assert from_json(Measured, to_json(result)) == result
+
+
+def test_a_script_that_does_not_say_what_runs_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """`env ./script` and every shell run it; so do we."""
+    script = tmp_path / "script"
+    script.write_text("echo ran $0 $1\nexit 5\n")
+    script.chmod(0o755)
+    assert run([str(script), "x"]).exit_code == 5
+    assert capfd.readouterr().out == f"ran {script} x\n"
+
+
+def test_a_command_that_is_killed_with_us_leaves_its_share_not_the_machines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What a beat writes is what the end would: of the command alone, after the quiet second, and its share of it."""
+    monkeypatch.chdir(tmp_path)
+    project = Project.init(tmp_path, Site())
+    monkeypatch.setattr(command_module, "BEAT_S", 0.2)
+    beats = []
+    monkeypatch.setattr(Recording, "beat", lambda self, reading: beats.append(reading))
+    before = datetime.now(UTC)
+    whole = run(["sleep", "0.5"], share="above-idle", idle_s=0.3).reading
+    (entry,) = project.entries()
+    assert entry.reading == whole
+    assert datetime.fromisoformat(entry.at) - before >= timedelta(seconds=0.29), "it began after the quiet time"
+    assert beats
+    assert all(b.notes[0] == TOLD["above-idle"] and b.time_s.value <= whole.time_s.value for b in beats)
 
 
 def test_output_is_exact_to_the_byte():

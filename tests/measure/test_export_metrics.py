@@ -77,6 +77,15 @@ def test_prometheus_series_add_up(reading):
     assert found[0][1]["job"] == r"a \"b\"\\\n"
     with pytest.raises(BadInput, match="label 'a-b'"):
         prometheus(reading, **{"a-b": "c"})
+    with pytest.raises(BadInput, match="label 'part' is one of ours"):
+        prometheus(reading, part="mine")
+
+
+def test_parts_of_one_name_are_one_series(reading):
+    """A reading that was added up: a scraper takes one sample a series, and would lose the other."""
+    found = [s for s in samples(prometheus(reading + reading)) if s[0] == "perjoule_energy_joules_total"]
+    assert len({str(labels) for _, labels, _ in found}) == len(found) == len(reading.parts)
+    assert sum(value for _, _, value in found) == pytest.approx(2 * reading.energy_j.value)
 
 
 def test_it_is_an_application_by_the_standard():

@@ -175,6 +175,20 @@ def test_a_training_that_raises_is_failed_in_the_ledger(tmp_path):
     assert entry.reading.energy_j.value > 0
 
 
+def test_a_training_that_cannot_be_measured_still_ends_in_the_ledger(tmp_path, monkeypatch):
+    project = Project.init(tmp_path, Site())
+    monkeypatch.chdir(tmp_path)
+    sensor = steady()
+    sensor.failure = "refused"
+    training = Training(sensors=[sensor])
+    with pytest.warns(RuntimeWarning, match="not measured: refused"):
+        training.begin()
+    assert training.epoch() is None
+    assert training.end() is None
+    (entry,) = project.entries()
+    assert (entry.status, entry.reading) == ("done", None)
+
+
 def test_of_the_ranks_of_a_node_one_measures(monkeypatch):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "1")

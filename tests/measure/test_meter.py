@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from perjoule.core.codec import from_json, to_json
 from perjoule.core.errors import BadInput, MeterError
-from perjoule.core.reading import Reading
+from perjoule.core.reading import Estimate, Reading
 from perjoule.devices.remainder import Remainder
 from perjoule.devices.sensor import Joules, Sensor
 from perjoule.measure import meter as meter_module
@@ -135,6 +135,64 @@ def test_a_sensor_that_comes_back_covers_the_gap_with_its_counter():
     reading = meter.reading
     assert reading.energy_j.how == "measured"
     assert reading.energy_j.value == pytest.approx(50 * reading.time_s.value, rel=1e-9)
+
+
+class Told(SteadySensor):
+    """Says what it is told to."""
+
+    total = 0.0
+
+    def read(self, now_s: float) -> tuple[Joules, ...]:
+        super().read(now_s)
+        return (Joules.within(self.total, 0.0),)
+
+
+def test_marks_while_a_sensor_was_away_are_put_right_when_it_is_back():
+    """1000 J, then it is away and 10 J flow where 1000 and more were carried on; the windows add up to what it counted,
+    none of them is an exact nothing, and those that touch the gap are modelled."""
+    sensor = Told({"package": 1.0})
+    with Meter(sensors=[sensor]) as meter:
+        time.sleep(0.01)
+        sensor.total = 1000.0
+        marks = [meter.mark()]
+        sensor.failure = "busy"
+        for _ in range(3):
+            time.sleep(0.01)
+            marks.append(meter.mark())
+        early = meter.between(marks[1], marks[2])
+        assert early.energy_j.value > 500, "carried on as if nothing had changed, and said to be modelled"
+        assert early.energy_j.how == "modelled"
+        sensor.failure, sensor.total = "", 1010.0
+        marks.append(meter.mark())
+        sensor.total = 1015.0
+        marks.append(meter.mark())
+    windows = [meter.between(a, b).energy_j for a, b in pairwise(marks)]
+    assert sum(w.value for w in windows) == pytest.approx(15)
+    gap_s = marks[4].time_s - marks[0].time_s
+    by_time = [10 * (b.time_s - a.time_s) / gap_s for a, b in pairwise(marks[:5])]
+    assert [w.value for w in windows[:4]] == pytest.approx(by_time)
+    assert [w.how for w in windows] == ["modelled"] * 4 + ["measured"]
+    assert all(w.low == 0 and 10 <= w.high <= 20 for w in windows[:4])
+    assert meter.between(marks[0], marks[-1]).energy_j == Estimate.exact(15.0, sensor.source)
+
+
+def test_the_step_of_a_coarse_counter_is_an_error_of_both_ends():
+    sensor = SteadySensor({"plug": 100.0})
+    sensor.grain_j = 3600.0
+    with Meter(sensors=[sensor]) as meter:
+        time.sleep(0.01)
+    energy = meter.reading.energy_j
+    assert energy.high == pytest.approx(energy.value + 3600)
+    assert energy.low == 0
+
+
+def test_a_machine_that_was_suspended_says_so(monkeypatch: pytest.MonkeyPatch):
+    asleep = iter([50.0, 50.0, 7250.0])
+    monkeypatch.setattr(meter_module, "_asleep_s", lambda: next(asleep))
+    with Meter(sensors=[SteadySensor({"x": 1.0})]) as meter:
+        first = meter.mark()
+    assert not meter.between(meter._first, first).notes
+    assert meter.reading.notes == ("the machine was suspended for 2 h 0 min meanwhile, which is not in the time",)
 
 
 def test_a_given_sensor_that_never_works_is_an_error_and_closed():
@@ -422,6 +480,14 @@ def test_an_unreadable_gpu_is_named_not_zeroed(monkeypatch: pytest.MonkeyPatch):
     with Meter() as meter:
         time.sleep(0.01)
     assert "nvml gpu 0: no figures; GPU energy is not in the total" in meter.reading.notes
+
+
+def test_a_missing_meter_of_the_whole_machine_says_nothing_of_a_gpu_that_nobody_has(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PERJOULE_FEED", "/no/such/file.csv")
+    with Meter() as meter:
+        pass
+    (note,) = [n for n in meter.reading.notes if "file.csv" in n]
+    assert note.endswith("cannot be read: No such file or directory")
 
 
 def test_counters_leave_a_modelled_remainder_up_to_the_host(monkeypatch: pytest.MonkeyPatch):

@@ -121,6 +121,94 @@ def test_a_torn_line_is_counted_and_costs_nothing_else(project):
     assert project.damaged == 1
 
 
+LINES = (
+    {"v": 1, "kind": "begin", "run": "x"}, {"v": 1, "kind": "end", "run": "x"}, {"v": 1, "kind": "site"},
+    {"v": 1, "kind": "end", "run": 5, "reading": None}, {"v": 1, "kind": None}, {"v": 1, "kind": [1]}, 7, None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line", [*map(json.dumps, LINES), "[" * 5000, "\x00" * 40, "\xff\xfe", '{"v": 1, "kind": "beg']
+)
+def test_a_line_that_says_too_little_is_counted_and_costs_nothing_else(line, project, monkeypatch):
+    """Between the lines of a run, by the CLI's way and by `recorded`'s, which begins with the site of the ledger."""
+    monkeypatch.chdir(project.path.parents[1])
+    run(project, 1.0)
+    with open(project.path, "ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    with recorded("work"):
+        pass
+    first, second = project.entries()
+    assert (first.reading.energy_j.value, second.status, project.damaged) == (1.0, "done", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("at", "noon"), ("at", "2026-01-01T00:00"), ("at", 5), ("site", []), ("site", {"planet": "Mars"}),
+     ("site", {"life_years": 0})],
+)  # fmt: skip
+def test_a_run_whose_begin_is_nonsense_is_counted_as_damaged(name, value, project):
+    run(project, 1.0)
+    run(project, 2.0)
+    lines = [json.loads(line) for line in project.path.read_text().splitlines()]
+    for line in lines[1:3]:
+        line[name] = value
+    project.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [e.reading.energy_j.value for e in project.entries()] == [2.0]
+    assert project.damaged == 1
+
+
+def test_a_figure_of_a_later_version_leaves_the_beat_before_it(project):
+    with project.recording("work") as recording:
+        recording.beat(reading(1.0))
+        recording.beat(reading(2.0))
+        recording.reading = reading(3.0)
+    text = project.path.read_text()
+    assert project.entries()[0].reading.energy_j.value == 3.0
+    *before, end = text.splitlines()
+    project.path.write_text("\n".join([*before, end.replace('"boundary"', '"border"')]) + "\n")
+    (entry,) = project.entries()
+    assert (entry.reading.energy_j.value, entry.status, project.damaged) == (2.0, "done", 1)
+    last = before.pop()
+    project.path.write_text("\n".join([*before, last.replace('"how"', '"ho\x00')]) + "\n")
+    (entry,) = project.entries()
+    assert entry.reading.energy_j.value == 1.0, "the beat before the damaged one"
+
+
+def test_a_ledger_that_is_removed_meanwhile_has_the_run_all_the_same(project):
+    with project.recording("work", "x") as recording:
+        project.path.unlink()
+        recording.reading = reading(5.0)
+    (entry,) = project.entries()
+    assert (entry.what, entry.experiment, entry.status, entry.reading.energy_j.value) == ("work", "x", "done", 5.0)
+
+
+def test_a_late_beat_does_not_undo_the_end(project):
+    with project.recording("work") as recording:
+        recording.reading = reading(2.0)
+    recording.beat(reading(1.0))  # of a thread that hung on a dead file system
+    (entry,) = project.entries()
+    assert (entry.status, entry.reading.energy_j.value) == ("done", 2.0)
+
+
+@pytest.mark.parametrize(("left", "code"), [(None, 0), (0, 0), (3, 3), ("no", 1)])
+def test_a_run_that_leaves_the_interpreter_has_its_code(left, code, project):
+    with pytest.raises(SystemExit), project.recording("work"):
+        sys.exit(left)
+    (entry,) = project.entries()
+    assert (entry.exit_code, entry.status) == (code, "failed" if code else "done")
+
+
+def test_another_process_of_the_same_number_is_not_the_run(project):
+    """Killed, and its number given to another: here this process, which began at another time."""
+    module.Recording(project, "work", "")
+    assert project.entries()[0].status == "running"
+    text = project.path.read_text()
+    born = json.loads(text.splitlines()[-1])["born"]
+    project.path.write_text(text.replace(f'"born": "{born}"', '"born": "1"'))
+    assert project.entries()[0].status == "killed"
+
+
 def test_the_disk_is_full_and_the_run_goes_on(project, monkeypatch, capsys):
     real, full = os.write, [True]
 
@@ -138,6 +226,16 @@ def test_the_disk_is_full_and_the_run_goes_on(project, monkeypatch, capsys):
     assert capsys.readouterr().err.count("cannot be written (No space left on device); the run goes on") == 1
     (entry,) = project.entries()
     assert entry.reading.energy_j.value == 3.0
+
+
+def test_a_run_goes_on_where_nobody_can_be_told(project, monkeypatch):
+    """A daemon has closed its standard error, and the ledger's folder has gone."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with project.recording("work") as recording:
+        project.path.unlink()
+        project.path.parent.rmdir()
+        recording.beat(reading(1.0))
+    assert project.warned
 
 
 def test_a_read_only_ledger_does_not_stop_a_run(project, monkeypatch, capsys):

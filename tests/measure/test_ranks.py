@@ -119,6 +119,20 @@ def test_a_gap_between_two_holders_is_carried_on_and_said(tmp_path):
     assert "is torn" in said
 
 
+@pytest.mark.parametrize(
+    "lines",
+    ['{"v": 1, "kind": "begin"}', '{"v": 1, "kind": "begin", "rank": 1}\n{"v": 1, "kind": "end"}', "[]", "\0\0",
+     '{"v": 1, "kind": "begin", "rank": 1, "node": "n1", "name": "node1", "at": "x", "from_s": 0, "world": 2}\n'
+     '{"v": 1, "kind": "beat", "to_s": 10, "readings": {"host": {"from_s": 0, "reading": {"joules": 5}}}}'],
+)  # fmt: skip
+def test_a_damaged_file_costs_the_others_nothing(lines, tmp_path):
+    wrote(tmp_path, 0, (0, 10), world=2, held=[(HOST, 0, 10, 10)])
+    (tmp_path / "rank-1-x.jsonl").write_text(lines + "\n")
+    reading = merge(tmp_path)
+    assert reading.energy_j.value == pytest.approx(100)
+    assert any("1 left no file" in note or "host cannot be read" in note for note in reading.notes)
+
+
 def test_small_gaps_at_the_edges_widen_the_interval_only(tmp_path):
     wrote(tmp_path, 0, (EDGE_S, 10), held=[(HOST, EDGE_S, 10, 10)])
     wrote(tmp_path, 1, (0, 10))

@@ -1,6 +1,8 @@
 """SCI and the statement, by hand."""
 
+import itertools
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -9,11 +11,15 @@ from perjoule.core.reading import Estimate, Reading
 from perjoule.measure.project import Entry, Site
 from perjoule.measure.statement import state
 
+HOUR = itertools.count()
+
 
 def entry(kwh=1.0, *, how="measured", status="done", **site):
+    """A run of an hour, after the one before it."""
+    at = (datetime(2026, 1, 1, tzinfo=UTC) + timedelta(hours=next(HOUR))).isoformat()
     energy = Estimate.within(kwh * 3.6e6, 0.1, how, "counter")
     reading = Reading(time_s=Estimate.exact(3600.0, "clock"), energy_j=energy, boundary="host")
-    return Entry(run="r", at="2026-01-01T00:00:00+00:00", what="train", experiment="", host="h", status=status,
+    return Entry(run="r", at=at, what="train", experiment="", host="h", status=status,
                  exit_code=0, reading=reading, site=Site(**site))  # fmt: skip
 
 

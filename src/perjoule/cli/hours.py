@@ -58,7 +58,8 @@ def when(
 
     seconds = units.parse_seconds(length, "length")
     named = [(p or Path(f).stem, f) for p, _, f in (word.rpartition("=") for word in hours)]
-    starts = [_start(place, grid.hourly(file), seconds, kwh) for place, file in named]
+    now = datetime.now(UTC)
+    starts = [_start(place, grid.hourly(file), seconds, kwh, now) for place, file in named]
     starts.sort(key=lambda s: s.kg_per_kwh)
     emit(starts, as_json, lambda console: _starts(console, starts, length))
 
@@ -76,17 +77,33 @@ class Start:
     worst_kg_per_kwh: float
     kgco2e: float | None
     """Where the job's energy was given."""
+    passed: int
+    """Hours of the file in which nothing can start any more; 0 of a file that is all past, or bare."""
 
 
-def _start(place: str, series: Sequence[Hour], seconds: float, kwh: float) -> Start:
+def _start(place: str, series: Sequence[Hour], seconds: float, kwh: float, now: datetime) -> Start:
     from perjoule.devices.grid import means
 
+    passed = _passed(series, now)
+    if (ahead := len(series) - passed) < seconds / 3600:
+        behind = f", {passed} others have passed" if passed else ""
+        raise BadInput(f"{place}: a job of {seconds / 3600:g} hours does not fit; the series has {ahead}{behind}")
+    series = series[passed:]
     found = means(series, seconds / 3600)
     best, worst = found.index(min(found)), found.index(max(found))
     return Start(
         place=place, at=series[best].at, kg_per_kwh=found[best], first_kg_per_kwh=found[0], worst_at=series[worst].at,
-        worst_kg_per_kwh=found[worst], kgco2e=kwh * found[best] if kwh else None,
+        worst_kg_per_kwh=found[worst], kgco2e=kwh * found[best] if kwh else None, passed=passed,
     )  # fmt: skip
+
+
+def _passed(series: Sequence[Hour], now: datetime) -> int:
+    """Hours before the one that it is now, where that is in the file."""
+    try:
+        whole = int((now - _moment(series[0].at)) / timedelta(hours=1))
+    except BadInput:  # bare hours
+        return 0
+    return whole if 0 < whole < len(series) else 0
 
 
 def _starts(console: Any, starts: Sequence[Start], length: str) -> None:
@@ -99,3 +116,5 @@ def _starts(console: Any, starts: Sequence[Start], length: str) -> None:
             f" ({1000 * s.worst_kg_per_kwh:.0f})",
             markup=False, soft_wrap=True,
         )  # fmt: skip
+        if s.passed:
+            console.print(f"{s.place}: {s.passed} hours of its file have passed and are left out", markup=False)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -53,6 +54,8 @@ class Sum:
     """Killed before anything was recorded: what they took is not in the sum."""
     time_s: float
     energy_j: Estimate | None
+    twice_j: float
+    """What several runs measured at once, on one machine: counted once."""
     carbon_kgco2e: Estimate | None
     money: Estimate | None
     water_l: float
@@ -115,9 +118,14 @@ def import_(
 
     project = _project()
     found = read(file)
+    known = {e.run for e in project.entries()}
     for row in found:
-        project.add(row.what, experiment or row.experiment, row.at, row.reading)
-    say(f"{len(found)} runs taken over from {file}")
+        project.add(row.what, experiment or row.experiment, row.at, row.reading, row.run)
+    again = sum(row.run in known for row in found)
+    say(f"{len(found)} runs taken over from {file}" + (f", {again} of them again: they count once" if again else ""))
+    spans = sorted((row.at.timestamp(), row.at.timestamp() + row.reading.time_s.value) for row in found)
+    if at_once := sum(start < end - 1 for (_, end), (start, _) in pairwise(spans)):
+        say(f"{at_once} of them began while another ran: if on one machine, CodeCarbon has its joules in each of them")
 
 
 @app.command()
@@ -157,18 +165,23 @@ def totals(entries: Sequence[Entry]) -> list[Sum]:
 
 
 def _sum(name: str, entries: Sequence[Entry]) -> Sum:
-    facilities = [f for e in entries if (f := e.facility) is not None]
+    from perjoule.measure.overlap import counted
+
+    shares = counted(entries)
+    read = [(f, share) for e, share in zip(entries, shares, strict=True) if (f := e.facility) is not None]
+    facilities = [f.scaled(share.energy) for f, share in read]
     return Sum(
         experiment=name,
         runs=len(entries),
         failed=sum(e.status in ("failed", "killed") for e in entries),
         unread=sum(e.reading is None for e in entries),
-        time_s=sum(f.time_s.value for f in facilities),
+        time_s=sum(f.time_s.value * share.time for f, share in read),
         energy_j=_added([f.energy_j for f in facilities]),
+        twice_j=sum(f.energy_j.value * (1 - share.energy) for f, share in read),
         carbon_kgco2e=_added([f.carbon_kgco2e for f in facilities if f.carbon_kgco2e]),
         money=_added([f.money for f in facilities if f.money]),
-        water_l=sum(e.water_l for e in entries),
-        embodied_kgco2e=sum(e.embodied_kgco2e for e in entries),
+        water_l=sum(e.water_l * share.energy for e, share in zip(entries, shares, strict=True)),
+        embodied_kgco2e=sum(e.embodied_kgco2e * share.time for e, share in zip(entries, shares, strict=True)),
     )
 
 
@@ -260,6 +273,8 @@ def _line(s: Sum) -> str:
         text += f"; {units.money(s.money.value, 'USD')}"
     if s.water_l:
         text += f"; {s.water_l:.3g} l of water"
+    if s.twice_j:
+        text += f"; {units.energy(s.twice_j)} that several runs measured at once are counted once"
     return text + (f"; {s.unread} left no figure" if s.unread else "")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -98,6 +99,9 @@ def _root(
 def main() -> None:
     """Entry point: turns every error a user can cause into one line and exit code 2."""
     arguments, debug = _debug(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # closed, or somebody's own
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # terminals without µ or –
     if debug:
         os.environ["PERJOULE_DEBUG"] = "1"
     try:

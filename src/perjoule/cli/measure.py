@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -93,10 +94,10 @@ def measure(
     found: Measured | Steady | Versus
     if protocol or against or repeats:
         chosen = _protocol(protocol or "quick", repeats)
-        with recorded(
-            shlex.join(["perjoule", "measure", "--protocol", protocol or "quick", "--", *command]), experiment
-        ):
-            found = repeated(command, chosen, against=shlex.split(against), boundary=boundary, stdout=stdout)
+        beside = ["--against", against] if against else []
+        what = shlex.join(["perjoule", "measure", "--protocol", protocol or "quick", *beside, "--", *command])
+        with recorded(what, experiment):
+            found = repeated(command, chosen, against=_words(against), boundary=boundary, stdout=stdout)
     else:
         found = run(
             command, boundary=boundary, stdout=stdout, experiment=experiment,
@@ -108,28 +109,43 @@ def measure(
             moved = transfer(traffic().since(before), found.reading)
     document = to_json(found) | ({"transfer": to_json(moved)} if moved else {})
     told = [*_told(found), *(_moved(moved) if moved else [])]
-    try:
-        if json_file is not None:
+    if json_file is not None:
+        try:
             atomic.write_json(json_file, document)
-        if as_json:
-            emit(document, True, lambda _: None)
-            sys.stdout.flush()
-        else:
-            console().print("\n".join(told), markup=False, soft_wrap=True)
+        except (PerjouleError, OSError) as error:
+            _unsaid(error)
+    if as_json:
+        _said(lambda: emit(document, True, lambda _: None))
+        _said(lambda: sys.stdout.flush())
+    else:
+        _said(lambda: console().print("\n".join(told), markup=False, soft_wrap=True))
+    raise typer.Exit(found.exit_code if isinstance(found, Measured) else 0)
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise BadInput(f"--against {command}: {str(error).lower()}; write the command as in a shell") from error
+
+
+def _said(write: Callable[[], object]) -> None:
+    """One of the places that the figure goes to; the others get it, and the exit code stays, whatever becomes of it."""
+    try:
+        write()
     except SystemExit:
         pass  # rich's answer to a reader that has gone
     except (PerjouleError, OSError, ValueError, AttributeError) as error:  # closed, full, or not there at all
-        _unsaid(error)
-    raise typer.Exit(found.exit_code if isinstance(found, Measured) else 0)
+        with suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in its buffer goes nowhere
+        if not isinstance(error, BrokenPipeError):
+            _unsaid(error)
 
 
 def _unsaid(error: Exception) -> None:
     """The figure could not be written; the command's exit code stays ours all the same."""
     with suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in its buffer goes nowhere
-    if not isinstance(error, BrokenPipeError):
-        with suppress(OSError, ValueError, AttributeError):
-            say(f"perjoule: the command has run, but its figure could not be written: {error}")
+        say(f"perjoule: the command has run, but its figure could not be written: {error}")
 
 
 def _protocol(name: str, repeats: int) -> Protocol:

@@ -36,6 +36,9 @@ DRIVERS: tuple[Driver, ...] = (
 )
 """Best first: a component is taken by the first driver that covers it."""
 
+MAKERS = {"nvml": "NVIDIA", "hwmon": "AMD or Intel", "amd smi": "AMD or Intel"}
+"""Drivers of cards, and whose: those of different makers are different cards, so both are added."""
+
 BROKEN = "its library or driver is broken; the maker's own tool should say more"
 
 
@@ -60,7 +63,10 @@ def find(drivers: tuple[Driver, ...] = DRIVERS) -> list[Found]:
 
 
 def choose(known: list[Found]) -> list[Found]:
-    """The sensors that a meter takes: each component covered by the first driver that can, and by no other."""
+    """The sensors that a meter takes: each component covered by the first driver that can, and by no other.
+
+    Cards of different makers are different components, unless something larger covers them all.
+    """
     chosen: list[Found] = []
     taken: dict[Component, str] = {}
     for found in known:
@@ -69,4 +75,10 @@ def choose(known: list[Found]) -> list[Found]:
         if all(taken.get(c, found.driver) == found.driver for c in found.covers):
             chosen.append(found)
             taken |= dict.fromkeys(found.covers, found.driver)
+        elif found.covers == ("gpu",) and all(
+            MAKERS.get(f.driver, found.driver) != MAKERS.get(found.driver, found.driver) and f.covers == ("gpu",)
+            for f in chosen
+            if "gpu" in f.covers
+        ):
+            chosen.append(found)
     return chosen

@@ -83,7 +83,7 @@ class AmdSmiGpu(Card):
             self._judged = True
             ratio = (counter_j - self._first_j) / self._total.value
             if 1 / AGREE <= ratio <= AGREE:
-                self._last_j, self._moved_s = counter_j, now_s
+                self._climb.step(counter_j, now_s)  # from here on
                 self.watch_counter()
             else:
                 self.note(f"{self.name}: the energy counter says {ratio:.3g} times what its power does; it is not used")

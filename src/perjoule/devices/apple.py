@@ -7,7 +7,7 @@
     ane_mj                      neural engine
 
 One question a reading, whatever the number of terms. A figure that falls is a reset: what was lost is taken at the
-power before. An engine at rest draws less than a millijoule a second, so a figure that stands still is no fault.
+power before (flow.py). An engine at rest draws less than a millijoule a second: a figure that stands still is no fault.
 
 Accuracy: the library reads IOReport's "Energy Model", of which Apple's powermetrics says that its values are estimates
 and should not be used to compare machines. So what it says is tagged modelled, at 20 %, though it comes from counters.
@@ -27,10 +27,13 @@ import sys
 from typing import Any
 
 from perjoule.core.errors import MeterError
+from perjoule.devices.flow import Climb
 from perjoule.devices.sensor import Component, Driver, Found, Joules, Sensor
 
 _J_PER_MJ = 1e-3
 ERROR = 0.20
+MOST_W = 1e3
+"""No chip of theirs draws more."""
 FIELDS: dict[str, tuple[Component, tuple[str, ...]]] = {
     "apple cpu": ("cpu", ("cpu_total_mj",)),
     "apple gpu": ("gpu", ("gpu_mj", "gpu_sram_mj")),
@@ -59,32 +62,20 @@ class AppleChip(Sensor):
         self.covers = frozenset(FIELDS[term][0] for term in shown)
         if "cpu" not in self.covers:
             raise MeterError("the chip shows no energy of its processor; the library may not know it yet")
-        self._last_j = dict.fromkeys(shown, math.nan)
-        self._power_w = dict.fromkeys(shown, 0.0)
+        self._climbs = {
+            term: Climb(term, error=ERROR, period_s=self.period_s, most_w=MOST_W, frozen_s=math.inf) for term in shown
+        }
         self._total = dict.fromkeys(shown, Joules())
-        self._last_s = math.nan
 
     def read(self, now_s: float) -> tuple[Joules, ...]:
         now_j = self._joules()
         if missing := [term for term in self.terms if term not in now_j]:
             raise MeterError(f"{', '.join(missing)} has vanished")
-        if math.isnan(self._last_s):
-            self._last_j, self._last_s = now_j, now_s
-        elif now_s > self._last_s:
-            for term in self.terms:
-                self._total[term] += self._step(term, now_j[term], now_s - self._last_s)
-            self._last_j, self._last_s = now_j, now_s
+        for term, climb in self._climbs.items():
+            self._total[term] += climb.step(now_j[term], now_s)
+            for note in climb.notes:
+                self.note(note)
         return tuple(self._total[term] for term in self.terms)
-
-    def _step(self, term: str, counter_j: float, span_s: float) -> Joules:
-        step_j = counter_j - self._last_j[term]
-        if step_j < 0:
-            self.note(f"{term}: the counter was reset; the lost energy is taken at the power before")
-            guess_j = self._power_w[term] * span_s
-            return Joules(guess_j, 0.0, 2 * guess_j)
-        if span_s > self.period_s:
-            self._power_w[term] = step_j / span_s
-        return Joules.within(step_j, ERROR)
 
     def _joules(self) -> dict[str, float]:
         """Per term that the chip shows. Raises MeterError."""

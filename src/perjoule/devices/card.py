@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from perjoule.core.errors import MeterError
+from perjoule.devices.flow import Climb
 from perjoule.devices.guard import told
 from perjoule.devices.sensor import Joules, Sensor
 
@@ -23,6 +24,8 @@ POLL_S = 0.1
 """How often power is read where it must be integrated."""
 COUNTER, POWER, GAP = 0.05, 0.10, 0.5
 """Relative error of the counter, of integrated power, and of what lies in a gap."""
+MOST_W = 10e3
+"""No card draws more."""
 
 
 class Card(Sensor):
@@ -39,7 +42,8 @@ class Card(Sensor):
         self.name, self.terms = name, (name,)
         self._library, self._failure, self._frozen_s = library, failure, frozen_s
         self._total = Joules()
-        self._last_j = self._last_w = self._last_s = self._moved_s = math.nan
+        self._last_w = self._last_s = math.nan
+        self._climb = Climb(name, error=COUNTER, period_s=self.period_s, most_w=MOST_W, frozen_s=math.inf)
 
     @abstractmethod
     def counter_j(self) -> float:
@@ -83,23 +87,22 @@ class Card(Sensor):
         return (self._total,)
 
     def _read_counter(self, now_s: float) -> None:
-        counter_j = self.counter_j()
-        if math.isnan(self._last_j) or counter_j != self._last_j:
-            self._moved_s = now_s
-        step_j = 0.0 if math.isnan(self._last_j) else counter_j - self._last_j
-        if step_j < 0:
-            self.note(f"{self.name}: the counter was reset; energy before the reset, up to one reading, is missing")
-            self._total += Joules(counter_j, counter_j, counter_j + self.power_w() * (now_s - self._last_s))
-        else:
-            self._total += Joules.within(step_j, COUNTER)
-        self._last_j = counter_j
-        if now_s - self._moved_s > self._frozen_s:
+        told = len(self._climb.notes)
+        self._total += self._climb.step(self.counter_j(), now_s)
+        if len(self._climb.notes) > told:  # a reset or the like: the power of now bounds what it may have missed
+            self._total += Joules(0.0, 0.0, self.power_w() * (now_s - self._last_s))
+        for note in self._climb.notes:
+            self.note(note)
+        still_s = now_s - self._climb.moved_s
+        if still_s > self._frozen_s:
             self._last_w = self.watch_power()
             self.note(f"{self.name}: the energy counter stands still, so its power is integrated instead")
-            self._total += Joules.within(self._last_w * (now_s - self._moved_s), GAP)
+            self._total += Joules.within(self._last_w * still_s, GAP)
 
     def _read_power(self, now_s: float) -> None:
         power_w = self.power_w()
+        if not 0 <= power_w <= MOST_W:
+            raise MeterError(f"{self.name} reads {power_w:g} W")
         if not math.isnan(self._last_w) and now_s > self._last_s:
             span_s = now_s - self._last_s
             error = POWER if span_s <= 3 * self.max_gap_s else GAP

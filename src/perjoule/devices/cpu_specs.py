@@ -123,8 +123,10 @@ class Spec:
 def identify(cpuinfo: str | None = None) -> Cpu:
     """The processors of this machine, or those described by the text of a /proc/cpuinfo."""
     if cpuinfo is None:
-        path = Path("/proc/cpuinfo")
-        cpuinfo = path.read_text(errors="replace") if path.exists() else ""
+        try:
+            cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace")
+        except OSError:  # not there, not for us, or no descriptor left: an unknown CPU is still a CPU
+            cpuinfo = ""
     first: dict[str, str] = {}
     packages, cpus = set(), 0
     for line in cpuinfo.splitlines():

@@ -4,21 +4,26 @@
 
 The file is CSV with a header: a column `watts` (or power_w) and / or `joules` (energy_j, growing; also kwh). Any
 program that talks to the meter - over USB, the network, an optical head - may write it, a line a reading, oldest
-first. What counts is its last whole line. `joules` is taken before `watts`; a file that was last written more than
-STALE_S ago is no reading.
+first. What counts is its last whole line; a file that was last written more than STALE_S ago is no reading.
+
+Meters for the house count in steps of 1 or 10 Wh, 3.6 or 36 kJ, which many jobs do not fill. So the step (what the last
+digit written is worth) is an error of both ends of a window, such a counter may stand still for as long as 1 W takes to
+fill one, and where a counter's steps are coarser than COARSE_J and there is a column of watts, the watts are taken.
 
 Accuracy: what class the meter is; 2 % is assumed.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
+from decimal import Decimal
 from pathlib import Path
 
 from perjoule.core.errors import MeterError
-from perjoule.core.units import J_PER_KWH
-from perjoule.devices.flow import Counted, Integrated
+from perjoule.core.units import J_PER_KWH, figure
+from perjoule.devices.flow import FROZEN_S, Counted, Integrated
 from perjoule.devices.hwmon import WHOLE
 from perjoule.devices.sensor import Driver, Found, Sensor, Work
 
@@ -26,6 +31,9 @@ VARIABLE = "PERJOULE_FEED"
 STALE_S = 15.0
 TAIL = 4096
 """Bytes at the end of the file that hold its last line."""
+COARSE_J = 10.0
+LEAST_W = 1.0
+"""Nothing that computes draws less at the plug."""
 _JOULES = {"joules": 1.0, "energy_j": 1.0, "wh": 3600.0, "kwh": J_PER_KWH, "energy_kwh": J_PER_KWH}
 _WATTS = {"watts": 1.0, "power_w": 1.0, "w": 1.0, "kw": 1000.0}
 
@@ -36,9 +44,15 @@ class FeedCounter(Counted):
     def __init__(self, path: Path) -> None:
         super().__init__(f"feed {path.name}", frozenset(WHOLE), error=0.02, period_s=1.0)
         self.path = path
+        self.grain_j = math.inf  # until it is read, before it is used
 
     def joules(self) -> float:
-        return latest(self.path, _JOULES)
+        counter_j, step_j = latest(self.path, _JOULES)
+        self.grain_j = min(self.grain_j, step_j)  # some programs leave zeros out at the end
+        self._climb.frozen_s = max(FROZEN_S, self.grain_j / LEAST_W)
+        if self.grain_j > COARSE_J:
+            self.note(f"{self.name} counts in steps of {figure(self.grain_j, 'J')}: measure for long, or log watts too")
+        return counter_j
 
 
 class FeedPower(Integrated):
@@ -49,7 +63,7 @@ class FeedPower(Integrated):
         self.path = path
 
     def watts(self) -> float:
-        return latest(self.path, _WATTS)
+        return latest(self.path, _WATTS)[0]
 
 
 class FeedDriver(Driver):
@@ -64,8 +78,11 @@ class FeedDriver(Driver):
         path = Path(given)
         name = f"feed {path.name}"
         try:
-            counted = any(c in _JOULES for c in _header(path))
-            latest(path, _JOULES if counted else _WATTS)
+            header = _header(path)
+            counted = any(c in _JOULES for c in header)
+            if latest(path, _JOULES if counted else _WATTS)[1] > COARSE_J and any(c in _WATTS for c in header):
+                counted = False
+                latest(path, _WATTS)
         except MeterError as error:
             remedy = f"write a CSV file with a column watts or joules to {VARIABLE}, a line a second"
             return [self.listed(name, WHOLE, str(error), None, remedy=remedy)]
@@ -84,8 +101,11 @@ def _header(path: Path) -> list[str]:
         raise MeterError(f"the feed {path} cannot be read: {getattr(error, 'strerror', error)}") from error
 
 
-def latest(path: Path, units: dict[str, float]) -> float:
-    """The figure of the last whole line, in SI units. Raises MeterError where it is missing, stale or no number."""
+def latest(path: Path, units: dict[str, float]) -> tuple[float, float]:
+    """The figure of the last whole line and what its last digit is worth, in SI units.
+
+    Raises MeterError where it is missing, stale or no number.
+    """
     header = _header(path)
     column = next((i for i, name in enumerate(header) if name in units), None)
     if column is None:
@@ -100,7 +120,14 @@ def latest(path: Path, units: dict[str, float]) -> float:
     if age_s > STALE_S:
         raise MeterError(f"the feed {path} is {age_s:.0f} s old; is the meter's program still running?")
     cells = lines[-1].decode(errors="replace").split(",") if lines else []
+    if len(cells) > len(header):  # 12,5 would be 12
+        raise MeterError(
+            f"the last line of the feed {path} has more cells than its header; write decimals with a point"
+        )
     try:
-        return float(cells[column]) * units[header[column]]
-    except (IndexError, ValueError) as error:
+        value, unit = Decimal(cells[column].strip()), units[header[column]]
+        if not value.is_finite():
+            raise ValueError
+        return float(value) * unit, 10.0 ** int(value.as_tuple().exponent) * unit
+    except (IndexError, ValueError, ArithmeticError) as error:
         raise MeterError(f"the last line of the feed {path} is no reading: {','.join(cells)!r}") from error

@@ -20,7 +20,7 @@ import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from importlib.resources import files
 from itertools import accumulate, pairwise
@@ -40,6 +40,8 @@ _GRAMS = (
     "gco2/kwh", "gco2eq/kwh", "carbon_intensity_gco2_per_kwh", "carbon_intensity",
 )  # fmt: skip
 _HINT = "give a country (name or ISO code), a state or province such as US-CA, a cloud region, or world"
+LONGEST = 6
+"""Digits of an hour that is counted; more are seconds since 1970, or a date."""
 HIGHEST_G = 3000.0  # above any grid on record (oil shale and lignite stay below 1400): most likely another unit
 
 
@@ -141,7 +143,8 @@ def hourly(path: str | Path, column: str | None = None) -> tuple[Hour, ...]:
     """The hours of a CSV file, in its order: a time column and one in g/kWh, one row per hour, no gaps.
 
     Read as they come: exports of Electricity Maps ("Datetime (UTC)" and "Carbon intensity gCO₂eq/kWh (Life cycle)",
-    taken before "(direct)" where both are there), and a plain "hour,gco2_per_kwh". `column` names another one.
+    taken before "(direct)" where both are there), and a plain "hour,gco2_per_kwh". `column` names another one. Times
+    without an offset are UTC.
     """
     where = Path(path)
     try:
@@ -152,7 +155,7 @@ def hourly(path: str | Path, column: str | None = None) -> tuple[Hour, ...]:
     if len(rows) < 2:
         raise BadInput(f"{where} has no rows; write a header such as hour,gco2_per_kwh and one line per hour")
     time_at, grams_at = _columns(where, rows[0], column)
-    hours = [_hour(where, n, row, time_at, grams_at) for n, row in enumerate(rows[1:], 2) if row]
+    hours = [_hour(where, n, row, len(rows[0]), time_at, grams_at) for n, row in enumerate(rows[1:], 2) if row]
     _no_gaps(where, [(n, row[time_at]) for n, row in enumerate(rows[1:], 2) if row])
     return tuple(hours)
 
@@ -188,7 +191,9 @@ def _columns(where: Path, header: Sequence[str], column: str | None) -> tuple[in
     return time_at, grams_at
 
 
-def _hour(where: Path, line: int, row: Sequence[str], time_at: int, grams_at: int) -> Hour:
+def _hour(where: Path, line: int, row: Sequence[str], columns: int, time_at: int, grams_at: int) -> Hour:
+    if len(row) > columns:  # 412,5 would be 412
+        raise BadInput(f"{where} line {line} has {len(row)} cells, the header {columns}; write decimals with a point")
     text = row[grams_at].strip() if grams_at < len(row) else ""
     try:
         grams = float(text)
@@ -204,17 +209,29 @@ def _no_gaps(where: Path, stamps: Iterable[tuple[int, str]]) -> None:
         if now - before != timedelta(hours=1):
             raise BadInput(
                 f"{where} line {line} is {now - before} after the line before it; rows must be one hour apart"
+                " (where clocks change, in UTC or with offsets such as +02:00)"
             )
 
 
 def _moments(where: Path, stamps: Iterable[tuple[int, str]]) -> Iterator[tuple[int, timedelta]]:
-    """Each line's time as a distance from a common origin: whole hours, or ISO 8601 dates."""
+    """Each line's time as a distance from a common origin: whole hours, or ISO 8601 dates, by UTC."""
+    kinds = set()
     for line, text in stamps:
         stamp = text.strip()
         try:
             if stamp.isdecimal():
-                yield line, timedelta(hours=int(stamp))
+                if len(stamp) > LONGEST:
+                    raise ValueError
+                at, kind = timedelta(hours=int(stamp)), "bare hours"
             else:
-                yield line, datetime.fromisoformat(stamp).replace(tzinfo=None) - datetime(1970, 1, 1)
-        except ValueError:
+                read = datetime.fromisoformat(stamp)
+                kind = "times with an offset" if read.tzinfo else "times without one"
+                at = (read.astimezone(UTC) if read.tzinfo else read.replace(tzinfo=UTC)) - datetime(
+                    1970, 1, 1, tzinfo=UTC
+                )
+        except (ValueError, OverflowError):
             raise BadInput(f"{where} line {line}: '{stamp}' is not a time; write 2026-01-31 14:00 or an hour") from None
+        kinds.add(kind)
+        if len(kinds) > 1:
+            raise BadInput(f"{where} line {line}: {' and '.join(sorted(kinds))} in one file; write all of one kind")
+        yield line, at

@@ -29,7 +29,7 @@ Source   kernel documentation of each driver (hwmon/amdgpu, xe-hwmon, i915 hwmon
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -124,6 +124,7 @@ class HwmonDriver(Driver):
         except OSError:
             folders = []
         found: list[Found] = []
+        taken = ""  # whose figure is the machine's: two kinds of meters of the whole would count it twice
         for entry in folders:
             # what registered in the old way has its files one level down
             folder = entry if (entry / "name").exists() else entry / "device"
@@ -131,7 +132,12 @@ class HwmonDriver(Driver):
             chip = _area(folder) if driver == "power_meter" else None
             chip = chip or CHIPS.get(driver)
             if chip is not None and _scope(chip) == self._scope:
-                found += self._of(folder, entry.name, driver, chip)
+                one = self._of(folder, entry.name, driver, chip)
+                if self._scope == "whole" and taken not in ("", driver):
+                    one = [replace(f, default=False, why=f"{f.why}; {taken} measures it already") for f in one]
+                elif any(f.works and f.default for f in one):
+                    taken = driver
+                found += one
         return found or [self.absent(f"no {_SOUGHT[self._scope]} in {self._root}")]
 
     def _of(self, folder: Path, entry: str, driver: str, chip: Chip) -> list[Found]:

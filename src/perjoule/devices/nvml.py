@@ -11,8 +11,9 @@ instead, with a note. A GPU that reports neither is named as not measured, never
 Accuracy: NVIDIA states 5 % for the sensor. On A100 and H100 it sees only a quarter of the time (Yang, Adamek and
 Armour 2024, SC24, arXiv 2312.02741), which long windows average out; integrated power is taken as 10 %.
 
-Which GPUs: those that CUDA_VISIBLE_DEVICES lists, else all. With MIG the counter covers the whole GPU, and a note
-says so. Counts the board of the GPU: chip, memory, regulators.
+Which GPUs: those that CUDA_VISIBLE_DEVICES lists, else all. Its numbers are CUDA's, by speed, unless CUDA_DEVICE_ORDER
+is PCI_BUS_ID; NVML's are by bus. Among cards of one model both agree; where models differ, a note says so. With MIG the
+counter covers the whole GPU, and a note says so. Counts the board of the GPU: chip, memory, regulators.
 
 On a GH200 the counter is the module's: processor, GPU and both memories (https://github.com/ml-energy/zeus/pull/172),
 so it covers all of them there, and nothing else is added for them. Its power is the GPU's.
@@ -23,13 +24,14 @@ pynvml (nvidia-ml-py) is imported only where a driver shows itself.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 from pathlib import Path
 from typing import Any
 
 from perjoule.core.errors import MeterError
 from perjoule.devices.card import Card
-from perjoule.devices.sensor import Component, Driver, Found
+from perjoule.devices.sensor import Component, Driver, Found, Work
 
 _J_PER_MJ = 1e-3
 _W_PER_MW = 1e-3
@@ -38,6 +40,11 @@ _TRACES = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
 
 MODULE: frozenset[Component] = frozenset({"cpu", "memory", "gpu"})
 """What the counter of a Grace-Hopper covers."""
+
+ORDER = (
+    "CUDA_VISIBLE_DEVICES numbers cards by speed and NVML by bus: with cards of several models another may be measured;"
+    " set CUDA_DEVICE_ORDER=PCI_BUS_ID, or list UUIDs"
+)
 
 FROZEN_S = 2.0
 """A counter of a powered GPU that stands still this long is dead."""
@@ -120,7 +127,9 @@ class NvmlDriver(Driver):
         except nvml.NVMLError as error:
             return [self._none(f"NVML: {error}", _remedy(nvml, error))]
         try:
-            return [self._gpu(nvml, i) for i in range(nvml.nvmlDeviceGetCount())] or [
+            count = nvml.nvmlDeviceGetCount()
+            mixed = _by_number() and len({_model(nvml, i) for i in range(count)}) > 1
+            return [self._gpu(nvml, i, mixed) for i in range(count)] or [
                 self._none("the NVIDIA driver sees no GPU", "", gpu=False)
             ]
         except nvml.NVMLError as error:
@@ -128,9 +137,16 @@ class NvmlDriver(Driver):
         finally:
             nvml.nvmlShutdown()
 
-    def _gpu(self, nvml: Any, index: int) -> Found:
+    def _gpu(self, nvml: Any, index: int, mixed: bool) -> Found:
         works, remedy, default, label = True, "", True, f"gpu {index}"
         covers: tuple[Component, ...] = ("gpu",)
+
+        def opener(work: Work) -> NvmlGpu:
+            sensor = NvmlGpu(nvml, index)
+            if mixed:
+                sensor.note(ORDER)
+            return sensor
+
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
             label = _text(nvml.nvmlDeviceGetName(handle))
@@ -155,7 +171,7 @@ class NvmlDriver(Driver):
             why=why,
             remedy=remedy,
             default=default,
-            opener=lambda pids: NvmlGpu(nvml, index),
+            opener=opener,
         )
 
     def _none(self, why: str, remedy: str, *, gpu: bool = True) -> Found:
@@ -175,12 +191,28 @@ def _text(name: Any) -> str:
     return name.decode() if isinstance(name, bytes) else str(name)  # bytes before nvidia-ml-py 11.515
 
 
+def _by_number() -> bool:
+    """Whether the environment names cards by numbers of CUDA's own."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return any(item.strip().isdigit() for item in listed.split(",")) and (
+        os.environ.get("CUDA_DEVICE_ORDER", "") != "PCI_BUS_ID"
+    )
+
+
+def _model(nvml: Any, index: int) -> str:
+    try:
+        return _text(nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index)))
+    except nvml.NVMLError:
+        return ""
+
+
 def _visible(index: int, uuid: str) -> bool:
     """Whether CUDA_VISIBLE_DEVICES lets this process use the GPU; MIG names do not tell their GPU, so count it."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
         return True
-    wanted = [item.strip() for item in listed.split(",")]
+    items = (item.strip() for item in listed.split(","))
+    wanted = list(itertools.takewhile(lambda item: not item.startswith("-"), items))  # CUDA stops at the first it lacks
     return any(w == str(index) or w.startswith("MIG-") or (w.startswith("GPU-") and uuid.startswith(w)) for w in wanted)
 
 

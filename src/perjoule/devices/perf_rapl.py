@@ -24,6 +24,7 @@ Accuracy: that of powercap.py, it is the same register. Left out: AMD's counters
 from __future__ import annotations
 
 import errno
+import math
 import os
 import platform
 import re
@@ -90,7 +91,8 @@ class PerfRapl(Counted):
     _fd = -1
 
     def __init__(self, root: Path, event: str, cpu: int, error: float) -> None:
-        super().__init__(_name(event, cpu), frozenset(EVENTS[event]), error=error, period_s=0.001)
+        # 64 bits that the kernel keeps: nothing there to be misread
+        super().__init__(_name(event, cpu), frozenset(EVENTS[event]), error=error, period_s=0.001, most_w=math.inf)
         self._j_per_count = _scale(root, event)
         unit, config = _integer(root / "type"), _config(root / "events" / event)
         try:

@@ -11,8 +11,8 @@ Layout (Documentation/power/powercap/powercap.rst): /sys/class/powercap/ lists e
 each with `name`, `energy_uj` and `max_energy_range_uj`. AMD processors since Zen appear under the same names.
 
 Wraps: a counter that decreased has wrapped if adding its range gives a power that can be true; otherwise it was
-reset (driver reloaded, resume from sleep), and what it lost is taken at the power before, with a note. One wrap
-takes minutes (262 kJ at 200 W: 22 min), and the meter reads every second.
+reset (driver reloaded, resume from sleep), or misread (flow.py). One wrap takes minutes (262 kJ at 200 W: 22 min), and
+the meter reads every second.
 
 Accuracy: about 5 % on Intel since Haswell, where RAPL measures current (Hackenberg et al. 2015, IPDPSW; Khan et al.
 2018, TOMPECS 3:2). AMD computes rather than measures; Schoene et al. 2021 (CLUSTER) find deviations by workload,
@@ -24,14 +24,14 @@ Only root may read the counters since 2020, because fine-grained energy leaks wh
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from pathlib import Path
 
 from perjoule.core.errors import MeterError
 from perjoule.devices.cpu_specs import identify
-from perjoule.devices.sensor import Component, Driver, Found, Joules, Sensor
+from perjoule.devices.flow import Counted
+from perjoule.devices.sensor import Component, Driver, Found
 
 ROOT = Path("/sys/class/powercap")
 FROZEN_S = 5.0
@@ -43,58 +43,20 @@ MAX_W = 2000.0
 _J_PER_UJ = 1e-6
 
 
-class RaplZone(Sensor):
+class RaplZone(Counted):
     """One zone's counter."""
 
-    how = "measured"
-    period_s = 0.001
     prompt = True
 
     def __init__(self, path: Path, name: str, covers: frozenset[Component], error: float) -> None:
-        super().__init__()
+        super().__init__(
+            f"rapl {name}", covers, error=error, period_s=0.001, most_w=MAX_W, frozen_s=FROZEN_S,
+            range_j=_read_uj(path / "max_energy_range_uj") * _J_PER_UJ,
+        )  # fmt: skip
         self.path = path
-        self.name = f"rapl {name}"
-        self.covers = covers
-        self.terms = (self.name,)
-        self.source = f"{self.name} counter"
-        self._error = error
-        self._range_j = _read_uj(path / "max_energy_range_uj") * _J_PER_UJ
-        self.max_gap_s = max(self._range_j / MAX_W / 2, 0.5)
-        self._total = Joules()
-        self._last_j = math.nan
-        self._last_s = self._moved_s = math.nan
-        self._power_w = 0.0
 
-    def read(self, now_s: float) -> tuple[Joules, ...]:
-        counter_j = _read_uj(self.path / "energy_uj") * _J_PER_UJ
-        if math.isnan(self._last_j):
-            self._moved_s = now_s
-        elif now_s > self._last_s:
-            if counter_j != self._last_j:
-                self._moved_s = now_s
-            elif now_s - self._moved_s > FROZEN_S:
-                raise MeterError(f"the counter has stood still for {now_s - self._moved_s:.0f} s")
-            self._total += self._step(counter_j - self._last_j, counter_j, now_s - self._last_s)
-        self._last_j, self._last_s = counter_j, now_s
-        return (self._total,)
-
-    def _step(self, step_j: float, counter_j: float, span_s: float) -> Joules:
-        """Joules of one step, through wraps and resets."""
-        if step_j < 0:
-            wrapped_j = step_j + self._range_j
-            if not 0 <= wrapped_j <= max(MAX_W * span_s, 1.0):
-                self.note(f"{self.name}: the counter was reset; the lost energy is taken at the power before")
-                guess_j = max(counter_j, self._power_w * span_s)
-                return Joules(guess_j, counter_j, max(2 * guess_j, counter_j))
-            step_j = wrapped_j
-        missed = round((self._power_w * span_s - step_j) / self._range_j) if span_s > self.max_gap_s else 0
-        if missed > 0:
-            self.note(f"{self.name}: not read for {span_s:.0f} s; about {missed} wraps of the counter are guessed")
-            step_j += missed * self._range_j
-            return Joules(step_j, max(step_j - self._range_j, 0.0), step_j + self._range_j)
-        if span_s > self.period_s:
-            self._power_w = step_j / span_s
-        return Joules.within(step_j, self._error)
+    def joules(self) -> float:
+        return _read_uj(self.path / "energy_uj") * _J_PER_UJ
 
 
 class PowercapDriver(Driver):

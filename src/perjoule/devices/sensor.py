@@ -65,6 +65,8 @@ class Sensor(ABC):
     """Names of the parts that `read` returns, in its order."""
     period_s: float = 0.0
     """How often the source renews its figure: the error of each edge of a window, in seconds of its power."""
+    grain_j: float = 0.0
+    """The least that its figure moves by, where that is much: the error of each edge of a window as well."""
     max_gap_s: float = math.inf
     """Read at least this often, or energy is lost (wraps) or blurred (load, power)."""
     prompt: bool = False

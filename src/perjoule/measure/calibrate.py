@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from perjoule.core import units
 from perjoule.core.errors import BadInput, MeterError
 from perjoule.core.units import J_PER_KWH
 from perjoule.devices import choose, find
@@ -39,6 +40,8 @@ Kind = Literal["idle", "whole numbers", "matrix products", "accelerator"]
 _UNITS = {"w": (1.0, False), "kw": (1e3, False), "j": (1.0, True), "kj": (1e3, True), "wh": (J_PER_KWH / 1e3, True)}
 _UNITS |= {"kwh": (J_PER_KWH, True)}
 COLUMNS = ("step", "wall")
+COARSE = 0.2
+"""Steps of a wall meter's count, over what it counted, from which a point says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +226,12 @@ class FromFeed:
         self._meter.stop()
         if any("failed" in note for note in reading.notes):
             raise MeterError(f"calibration: the wall meter's log stopped during step '{step.name}'; nothing is stored")
+        if self._sensor.grain_j > COARSE * reading.energy_j.value:
+            coarse, drew = (units.figure(j, "J") for j in (self._sensor.grain_j, reading.energy_j.value))
+            raise MeterError(
+                f"calibration: the wall meter counts in steps of {coarse}, and '{step.name}' drew {drew}; give more"
+                " --seconds, or a log of watts"
+            )
         return reading.power_w * time_s
 
 

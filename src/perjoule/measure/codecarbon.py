@@ -9,6 +9,7 @@ guessed; joules get the ledger's own site.
 from __future__ import annotations
 
 import csv
+import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,6 +28,8 @@ TERMS: tuple[tuple[str, How], ...] = (("cpu", "modelled"), ("gpu", "modelled"), 
 class Row:
     """One of its runs."""
 
+    run: str
+    """Its own id, so that a file that is taken over again is not counted again."""
     at: datetime
     """When it began: the row's time less the duration."""
     what: str
@@ -48,10 +51,12 @@ def read(path: Path) -> list[Row]:
     longest: dict[str, tuple[float, Row]] = {}
     for number, row in rows:
         try:
+            if None in row:
+                raise ValueError("more cells than the header has names, so no column can be trusted")
             seconds, found = _row(row)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise BadInput(f"{path} line {number}: {error}") from error
-        key = row.get("run_id") or str(number)
+        key = found.run
         if key not in longest or seconds >= longest[key][0]:
             longest[key] = (seconds, found)
     return [row for _, row in longest.values()]
@@ -59,6 +64,8 @@ def read(path: Path) -> list[Row]:
 
 def _row(row: dict[str, str]) -> tuple[float, Row]:
     seconds, total_j = float(row["duration"]), float(row["energy_consumed"]) * J_PER_KWH
+    if seconds < 0:
+        raise ValueError(f"{seconds:g} s; time cannot be negative")
     version = row.get("codecarbon_version") or "of unknown version"
     source = f"CodeCarbon {version}"
     parts = tuple(
@@ -80,8 +87,9 @@ def _row(row: dict[str, str]) -> tuple[float, Row]:
         notes=("taken over from CodeCarbon; its file does not say what was measured",),
     )
     name = row.get("project_name") or "codecarbon"
-    return seconds, Row(at=(ended - timedelta(seconds=seconds)).astimezone(UTC), what=name, experiment=name,
-                        reading=reading)  # fmt: skip
+    told = row.get("run_id") or hashlib.sha256("\n".join(map(str, row.values())).encode()).hexdigest()[:16]
+    began = (ended - timedelta(seconds=seconds)).astimezone(UTC)
+    return seconds, Row(run=f"codecarbon {told}", at=began, what=name, experiment=name, reading=reading)
 
 
 def _estimate(joules: float, how: How, source: str) -> Estimate:

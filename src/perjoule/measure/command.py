@@ -10,6 +10,7 @@ then the command, being in the same group, has its own copy. We outlive all of t
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import shutil
@@ -26,7 +27,7 @@ from types import FrameType
 from perjoule.core.errors import BadInput, CommandFailed
 from perjoule.core.reading import Boundary, Reading
 from perjoule.devices.guard import told
-from perjoule.measure.meter import Meter
+from perjoule.measure.meter import Mark, Meter
 from perjoule.measure.project import BEAT_S, Project, Recording
 from perjoule.measure.share import Kind
 from perjoule.measure.steady import Protocol, Steady, Versus, Work, steady, versus
@@ -65,13 +66,17 @@ def run(
     """
     check(command)
     reading, trouble = None, ""
+    begin: Mark | None = None
+    idle: Reading | None = None
     with ExitStack() as stack:
         spawn = stack.enter_context(spawning(stdout))
         recording = _recording(stack, shlex.join(command), experiment)
-        meter = Meter(
-            cgroups=cgroups, boundary=boundary, beat=recording.beat if recording else None, beat_s=BEAT_S
-        )  # fmt: skip
-        idle = None
+
+        def beat(_: Reading) -> None:
+            if recording is not None and begin is not None:  # of the command alone, and of its share, as in the end
+                recording.beat(meter.share(share, begin, idle=idle))
+
+        meter = Meter(cgroups=cgroups, boundary=boundary, beat=beat if recording else None, beat_s=BEAT_S)
         stack.callback(_end, meter)
         try:
             meter.start()
@@ -80,6 +85,8 @@ def run(
                 time.sleep(idle_s)
                 quiet, begin = begin, meter.mark()
                 idle = meter.between(quiet, begin)
+                if recording is not None:
+                    recording.from_now()
         except BadInput:
             raise
         except Exception as error:  # noqa: BLE001 - the command runs, measured or not
@@ -169,7 +176,7 @@ def spawning(stdout: int | None) -> Iterator[Callable[[Sequence[str]], int]]:
 
     def spawn(command: Sequence[str]) -> int:
         try:
-            child.append(subprocess.Popen(list(command), stdout=stdout, close_fds=False))
+            child.append(_started(command, stdout))
         except OSError as error:
             raise BadInput(f"cannot run '{command[0]}': {error.strerror}") from error
         while pending:
@@ -180,6 +187,23 @@ def spawning(stdout: int | None) -> Iterator[Callable[[Sequence[str]], int]]:
 
     with _handling(pass_on):
         yield spawn
+
+
+def _started(command: Sequence[str], stdout: int | None) -> subprocess.Popen[bytes]:
+    """The command's process. A script that does not say what runs it is run by the shell, as from a shell."""
+    try:
+        return subprocess.Popen(list(command), stdout=stdout, close_fds=False)
+    except OSError as error:
+        path = shutil.which(command[0]) or command[0]
+        if error.errno != errno.ENOEXEC or os.name != "posix" or not _is_text(path):
+            raise
+    return subprocess.Popen(["/bin/sh", path, *command[1:]], stdout=stdout, close_fds=False)
+
+
+def _is_text(path: str) -> bool:
+    """As shells tell a script from a program of another machine."""
+    with open(path, "rb") as file:
+        return b"\0" not in file.read(80)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from perjoule.measure.meter import Meter
 Row = dict[str, str | float | None]
 FORMATS = (".json", ".csv", ".parquet")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OURS = ("part", "how", "boundary")
 _LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
 
@@ -73,11 +74,11 @@ def write(path: str | Path, readings: Sequence[Reading]) -> None:
 
 def prometheus(reading: Reading, **labels: str) -> str:
     """The reading in the text exposition format 0.0.4."""
-    e = reading.energy_j
+    e, labels = reading.energy_j, _own(labels)
     found: list[str] = []
     series: tuple[tuple[str, str, str, list[tuple[dict[str, str], float]]], ...] = (
         ("perjoule_energy_joules_total", "counter", "Energy by part; the parts add up.",
-         [({"part": p.name, "how": p.energy_j.how}, p.energy_j.value) for p in reading.parts]
+         [({"part": part, "how": how}, joules) for (part, how), joules in _by_part(reading).items()]
          or [({"part": "all", "how": e.how}, e.value)]),
         ("perjoule_energy_low_joules_total", "counter", f"Lower end of the {100 * e.level:.0f} % interval of the sum.",
          [({}, e.low)]),
@@ -88,6 +89,22 @@ def prometheus(reading: Reading, **labels: str) -> str:
         found += [f"# HELP {name} {help_}", f"# TYPE {name} {kind}"]
         found += [f"{name}{_labels(own | {'boundary': reading.boundary} | labels)} {value!r}" for own, value in samples]
     return "\n".join(found) + "\n"
+
+
+def _by_part(reading: Reading) -> dict[tuple[str, str], float]:
+    """Joules by name and tag: of readings that were added up, parts of one name are one series."""
+    found: dict[tuple[str, str], float] = {}
+    for p in reading.parts:
+        found[p.name, p.energy_j.how] = found.get((p.name, p.energy_j.how), 0.0) + p.energy_j.value
+    return found
+
+
+def _own(labels: dict[str, str]) -> dict[str, str]:
+    """The user's labels, if they leave ours alone."""
+    if taken := [name for name in labels if name in OURS]:
+        raise BadInput(f"label '{taken[0]}' is one of ours ({', '.join(OURS)}); give another name")
+    _labels(labels)
+    return labels
 
 
 def _labels(labels: dict[str, str]) -> str:
@@ -102,8 +119,7 @@ class Scraped:
     """A WSGI application that answers every request with what `meter` has read so far."""
 
     def __init__(self, meter: Meter, **labels: str) -> None:
-        _labels(labels)
-        self._meter, self._given = meter, labels
+        self._meter, self._given = meter, _own(labels)
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         body = prometheus(self._meter.reading, **self._given).encode()
@@ -118,11 +134,12 @@ def opentelemetry(meter: Meter, **attributes: str) -> None:
     except ImportError as error:
         raise MissingExtra("opentelemetry is not installed; run: pip install opentelemetry-sdk") from error
 
+    attributes = _own(attributes)
+
     def joules(_: Any) -> Iterable[Any]:
         reading = meter.reading
-        for part in reading.parts:
-            own = {"part": part.name, "how": part.energy_j.how, "boundary": reading.boundary}
-            yield metrics.Observation(part.energy_j.value, own | attributes)
+        for (part, how), spent_j in _by_part(reading).items():
+            yield metrics.Observation(spent_j, {"part": part, "how": how, "boundary": reading.boundary} | attributes)
 
     def seconds(_: Any) -> Iterable[Any]:
         yield metrics.Observation(meter.reading.time_s.value, attributes)

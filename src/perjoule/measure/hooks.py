@@ -40,7 +40,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar, overload
 
-from perjoule.core.errors import BadInput, MeterError, PerjouleError
+from perjoule.core.errors import BadInput, PerjouleError
 from perjoule.core.reading import Boundary, Reading
 from perjoule.devices.sensor import Sensor
 from perjoule.measure.meter import Mark, Meter
@@ -156,6 +156,8 @@ class Training:
         self._boundary: Boundary = boundary
         self._sensors = sensors
         self._meter: Meter | None = None
+        self._process = -1
+        """That it runs in; none where it does not run."""
         self._recording: Recording | None = None
         self._edge: Mark | None = None
 
@@ -172,20 +174,21 @@ class Training:
     def begin(self) -> None:
         """Start anew."""
         self.end(1)
-        self.epochs, self.steps, self._meter = [], 0, None
+        self.epochs, self.steps, self._meter, self._recording = [], 0, None, None
         if not self.measures:
             return
         project = Project.found()
         self._recording = Recording(project, self.what, self.experiment) if project else None
         beat = self._recording.beat if self._recording else None
+        self._process = os.getpid()
+        atexit.register(self.end, 1)  # trainers do not tell their callbacks of an exception
         meter = Meter(boundary=self._boundary, sensors=self._sensors, beat=beat, beat_s=BEAT_S)
         try:
             meter.start()
-        except MeterError as error:
+        except PerjouleError as error:
             warnings.warn(f"not measured: {error}", RuntimeWarning, stacklevel=2)
             return
-        self._meter, self._edge, self._process = meter, meter.mark(), os.getpid()
-        atexit.register(self.end, 1)  # trainers do not tell their callbacks of an exception
+        self._meter, self._edge = meter, meter.mark()
 
     def step(self) -> None:
         """One step of the optimizer has been made."""
@@ -202,11 +205,11 @@ class Training:
 
     def end(self, exit_code: int = 0) -> Reading | None:
         """The run is over; harmless when repeated. `exit_code` other than 0 says that it failed."""
-        if self._meter is None or self._edge is None or self._process != os.getpid():
+        if self._process != os.getpid():
             return self.reading
-        self._edge = None
+        self._process, self._edge = -1, None
         atexit.unregister(self.end)
-        reading = self._meter.stop()
+        reading = self._meter.stop() if self._meter is not None else None
         if self._recording is not None:
             self._recording.reading = reading
             self._recording.end(exit_code)

@@ -38,6 +38,9 @@ EDGE_S = 0.1
 """Processes of one job do not start and end at once: gaps up to this widen the interval and are not carried on."""
 
 
+_BEGIN = ("rank", "node", "name", "at", "from_s", "world")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _File:
     """What one rank has written: its first line and its last whole one."""
@@ -115,7 +118,7 @@ def _files(folder: Path) -> list[_File]:
     for path in folder.glob("rank-*.jsonl"):
         lines = path.read_bytes().split(b"\n")
         begin = _line(lines[0])
-        if begin is None or begin["kind"] != "begin":
+        if begin is None or begin["kind"] != "begin" or any(name not in begin for name in _BEGIN):
             continue
         torn = lines[-1] != b""
         for line in reversed(lines):
@@ -155,16 +158,20 @@ def _missing(files: Iterable[_File]) -> list[str]:
 def _of_node(name: str, files: list[_File], several: bool) -> Reading | None:
     """All devices of one node; None where nobody measured it."""
     stretches: dict[str, list[tuple[float, float, Reading]]] = {}
+    notes: list[str] = []
     for f in files:
         for what, held in f.last.get("readings", {}).items():
-            reading = from_json(Reading, held["reading"])
-            stretches.setdefault(what, []).append((held["from_s"], held["from_s"] + reading.time_s.value, reading))
+            try:
+                reading, from_s = from_json(Reading, held["reading"]), float(held["from_s"])
+            except (BadInput, LookupError, TypeError, ValueError) as error:
+                notes.append(f"rank {f.begin['rank']}: its figure of {what} cannot be read and was left out ({error})")
+                continue
+            stretches.setdefault(what, []).append((from_s, from_s + reading.time_s.value, reading))
     if HOST not in stretches:
         return None
     began_s = min(f.begin["from_s"] for f in files)
     ended_s = max(f.last.get("to_s", began_s) for f in files)
     parts: list[Part] = []
-    notes: list[str] = []
     boundaries = []
     for what, found in stretches.items():
         of_host = what == HOST

@@ -47,6 +47,7 @@ from typing import Self
 
 from perjoule.core.errors import MeterError, PerjouleError
 from perjoule.core.reading import Boundary, Estimate, Part, Reading, worst
+from perjoule.core.units import duration
 from perjoule.devices import choose, find
 from perjoule.devices.cpu_time import HostTime, TreeTime
 from perjoule.devices.guard import READ_S, told
@@ -54,10 +55,12 @@ from perjoule.devices.remainder import Remainder, losses
 from perjoule.devices.sensor import Component, Found, Joules, Sensor, Work
 from perjoule.measure.correction import Correction, stored
 from perjoule.measure.share import CROWDED, LOSSES, Kind, Use, share
-from perjoule.measure.track import Track, estimate, parts_of
+from perjoule.measure.track import Spent, Track, estimate, parts_of, spent
 
 CROWD = 0.1
 """Others' share of the machine's CPU time from which a reading mentions it."""
+ASLEEP_S = 1.0
+"""Suspended for longer than this, a reading says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,27 @@ class Mark:
     """CPU seconds of the whole machine."""
     session: object
     """The start of the meter that it belongs to."""
+    asleep_s: float = 0.0
+    """Seconds that the machine has been suspended since boot; the meter's clock stands still in them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spending:
+    """What was counted over one window of a meter, or over several."""
+
+    time_s: float
+    of: tuple[Spent, ...]
+    """Per sensor."""
+    host_s: float
+    tree_s: float
+    asleep_s: float
+
+    def __add__(self, other: Spending) -> Spending:
+        of = tuple([a + b for a, b in zip(self.of, other.of, strict=True)])
+        return Spending(
+            self.time_s + other.time_s, of, self.host_s + other.host_s, self.tree_s + other.tree_s,
+            self.asleep_s + other.asleep_s,
+        )  # fmt: skip
 
 
 class Meter:
@@ -209,26 +233,40 @@ class Meter:
 
     def between(self, a: Mark, b: Mark) -> Reading:
         """The reading of the window from mark `a` to mark `b` of this meter."""
+        return self.told(self.spent(a, b))
+
+    def spent(self, a: Mark, b: Mark) -> Spending:
+        """`between` before it is put into words: some microseconds, and windows can be added up."""
         assert self._first is not None
         if a.session is not b.session or a.session is not self._first.session:
             raise MeterError("these marks belong to another meter, or to an earlier run of this one")
         if b.time_s < a.time_s:
             raise MeterError("the second mark is older than the first; give them in order")
-        span_s = b.time_s - a.time_s
+        return Spending(
+            b.time_s - a.time_s,
+            tuple([
+                spent(track, a.joules[i], a.time_s, b.joules[i], b.time_s, (a.failing[i], b.failing[i]))
+                for i, track in enumerate(self._tracks)
+            ]),
+            b.host_s - a.host_s,
+            b.tree_s - a.tree_s,
+            b.asleep_s - a.asleep_s,
+        )  # fmt: skip
+
+    def told(self, spent: Spending) -> Reading:
+        """The reading of one or several windows of this meter."""
         parts: list[Part] = []
-        edge_j = 0.0
         notes = list(self._failed)
         covered: set[Component] = set()
-        for i, track in enumerate(self._tracks):
-            found, edge = parts_of(track, a.joules[i], b.joules[i], b.failing[i], span_s)
-            parts += found
-            edge_j += edge
+        carried = any(s.carried for s in spent.of)
+        for track, one in zip(self._tracks, spent.of, strict=True):
+            parts += parts_of(track, one)
             notes += track.sensor.notes
             covered |= track.sensor.covers
         whole = "board" in covered
-        corrected = self._correction is not None and not any(b.failing)
+        corrected = self._correction is not None and not carried
         if self._correction is not None and corrected:
-            energy, parts = self._correction.apply(parts, span_s, edge_j)
+            energy, parts = self._correction.apply(parts, spent.time_s, math.fsum(s.edge_j for s in spent.of))
             notes.append(self._correction.told)
         else:
             if self._boundary == "host" and any(isinstance(t.sensor, Remainder) for t in self._tracks):
@@ -239,9 +277,13 @@ class Meter:
             notes.append("a sensor failed on the way, so the calibration is not used")
         if whole and self._boundary == "device":
             notes.append("the sensors cover the whole machine; chips and memory alone cannot be told apart")
-        notes += self._crowd(a, b)
+        if spent.asleep_s > ASLEEP_S:
+            notes.append(
+                f"the machine was suspended for {duration(spent.asleep_s)} meanwhile, which is not in the time"
+            )
+        notes += self._crowd(spent)
         return Reading(
-            time_s=Estimate.exact(span_s, "monotonic clock"),
+            time_s=Estimate.exact(spent.time_s, "monotonic clock"),
             energy_j=energy,
             boundary="host" if whole or corrected else "device",
             parts=tuple(parts),
@@ -314,6 +356,7 @@ class Meter:
             self._tree.cpu_s(now_s),
             self._host.busy_s(),
             self._session,
+            _asleep_s(),
         )
         return self._latest
 
@@ -352,16 +395,20 @@ class Meter:
                 with suppress(Exception):
                     self._beat(self.between(self._first, mark))
 
-    def _crowd(self, a: Mark, b: Mark) -> list[str]:
-        busy_s, tree_s = b.host_s - a.host_s, b.tree_s - a.tree_s
-        span_s = b.time_s - a.time_s
-        cpus = self._host.cpus
-        others_s = busy_s - tree_s
+    def _crowd(self, spent: Spending) -> list[str]:
+        cpus, span_s = self._host.cpus, spent.time_s
+        others_s = spent.host_s - spent.tree_s
         if span_s < 1.0 or others_s < CROWD * cpus * span_s:
             return []
         return [f"other processes used {others_s / span_s:.1f} of {cpus} CPUs meanwhile; {CROWDED}"]
 
 
+def _asleep_s() -> float:
+    """Seconds suspended since boot, where the system keeps a clock that runs on in them."""
+    return time.clock_gettime(_BOOT) - time.clock_gettime(time.CLOCK_MONOTONIC) if _BOOT is not None else 0.0
+
+
+_BOOT: int | None = getattr(time, "CLOCK_BOOTTIME", None)
 _running: weakref.WeakSet[Meter] = weakref.WeakSet()
 
 
@@ -384,7 +431,7 @@ if hasattr(os, "register_at_fork"):
 def _unmeasured(found: Found) -> str:
     """What a missing sensor means for the figure."""
     text = f"{found.name}: {found.why}"
-    return f"{text}; GPU energy is not in the total" if "gpu" in found.covers else text
+    return f"{text}; GPU energy is not in the total" if set(found.covers) == {"gpu"} else text
 
 
 def _sum(parts: Sequence[Part]) -> Joules:

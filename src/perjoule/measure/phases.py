@@ -10,7 +10,8 @@
     phases.shares()          # joules and seconds by name; what lay between them is "other"; they add up to the total
 
 A phase entered inside another takes its time away from it, so nothing is counted twice. With torch on an accelerator
-each edge waits for the kernels before it. Two marks a phase, tens of microseconds each.
+each edge waits for the kernels before it. Two marks a phase, tens of microseconds each; what was counted between two of
+them is added up as it is, and becomes a figure with an interval when `shares` is asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from perjoule.core.reading import Estimate, Reading
-from perjoule.measure.meter import Mark, Meter
+from perjoule.measure.meter import Mark, Meter, Spending
 
 OTHER = "other"
 T = TypeVar("T")
@@ -46,8 +47,7 @@ class Phases:
         self._meter = meter
         self._began = self._edge = meter.mark()
         self._stack: list[str] = []
-        self._spent: dict[str, list[Estimate]] = {}
-        self._seconds: dict[str, float] = {}
+        self._spent: dict[str, Spending] = {}
         self._times: dict[str, int] = {}
 
     @contextmanager
@@ -76,10 +76,11 @@ class Phases:
     def shares(self) -> list[Share]:
         """Every phase so far, in the order of first entry, then what lay between. They sum to the whole."""
         self._cut()
-        names = [n for n in dict.fromkeys((*self._times, OTHER)) if n in self._seconds]
+        names = [n for n in dict.fromkeys((*self._times, OTHER)) if n in self._spent]
         found = [
-            Share(name=n, times=self._times.get(n, 0), time_s=self._seconds[n], energy_j=_added(self._spent[n]))
+            Share(name=n, times=self._times.get(n, 0), time_s=of.time_s, energy_j=self._meter.told(of).energy_j)
             for n in names
+            for of in (self._spent[n],)
         ]
         whole = self.reading().energy_j
         rest = whole.value - math.fsum(s.energy_j.value for s in found)
@@ -96,18 +97,9 @@ class Phases:
         """What has passed since the last edge belongs to the innermost phase."""
         now: Mark = self._meter.mark()
         name = self._stack[-1] if self._stack else OTHER
-        self._spent.setdefault(name, []).append(self._meter.between(self._edge, now).energy_j)
-        self._seconds[name] = self._seconds.get(name, 0.0) + now.time_s - self._edge.time_s
-        if len(self._spent[name]) > 64:  # long runs keep one sum, not thousands of windows
-            self._spent[name] = [_added(self._spent[name])]
+        window = self._meter.spent(self._edge, now)
+        self._spent[name] = self._spent[name] + window if name in self._spent else window
         self._edge = now
-
-
-def _added(parts: list[Estimate]) -> Estimate:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def _moved(share: Share, by: float) -> Share:

@@ -4,27 +4,35 @@
 
     {"v": 1, "kind": "begin", "run": id, "at": ..., "what": ..., "experiment": ..., "site": {...}, "host": ...}
     {"v": 1, "kind": "beat",  "run": id, "reading": {...}}                     every BEAT_S seconds
-    {"v": 1, "kind": "end",   "run": id, "reading": {...}, "exit_code": 0}
+    {"v": 1, "kind": "end",   "run": id, "reading": {...}, "exit_code": 0, and all that is in its begin}
 
 A line is one append and one fsync: kill -9 loses at most the time since the last beat, runs of several processes do not
-mix, a torn line is skipped and counted. When the disk is full the run goes on: a warning, and the total is kept and
-tried again at the end. Joules are stored as they were read; what follows from the place - facility, carbon, money,
-water, embodied carbon - is computed from the site that stood in the ledger then.
+mix. A line that is torn, damaged, of another version or without one of its fields is skipped and counted, and costs
+nothing else: an end stands for its run without the other lines (the file may have been removed meanwhile), and before a
+damaged beat there is another. When the disk is full the run goes on: a warning, and the total is kept and tried again
+at the end. Joules are stored as they were read; what follows from the place - facility, carbon, money, water, embodied
+carbon - is computed from the site that stood in the ledger then. Sums over runs are made by overlap.py.
 
     carbon     E * PUE * kg/kWh, by the hour where the site names a file of hours that covers the run
     embodied   kg of making the machine * time / life
+
+Cost       the file is read line by line; of a run's beats, which are nearly all of a long run's lines, only the last
+           are parsed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
+import re
 import sys
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -36,12 +44,15 @@ from perjoule.core.reading import Estimate, Reading
 from perjoule.core.units import J_PER_KWH
 from perjoule.devices import grid, sites
 from perjoule.measure.meter import Meter
+from perjoule.measure.ranks import node
 
 VERSION = 1
 FILE = Path(".perjoule") / "ledger.jsonl"
 BEAT_S = 10.0
 YEAR_S = 365.25 * 24 * 3600
 Status = Literal["done", "failed", "killed", "running"]
+_BEAT = re.compile(rb'\{"v": %d, "kind": "beat", "run": "(\w+)", .*\}' % VERSION)
+_BEGIN = ("what", "experiment", "at", "host", "pid", "site")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +108,10 @@ class Site:
 def _of_hours(path: Path, at: datetime, seconds: float) -> Estimate | None:
     """Mean intensity over the run, weighted by time; None where the file does not cover it."""
     try:
-        series = grid.hourly(path)
+        state = path.stat()
+        series = _series(path, state.st_mtime_ns, state.st_size)
         start = datetime.fromisoformat(series[0].at)
-    except (PerjouleError, ValueError):  # moved since, or counted in bare hours: the year stands in
+    except (PerjouleError, OSError, ValueError):  # moved since, or counted in bare hours: the year stands in
         return None
     first = (at - (start if start.tzinfo else start.replace(tzinfo=UTC))) / timedelta(hours=1)
     last = first + max(seconds, 1.0) / 3600
@@ -109,6 +121,12 @@ def _of_hours(path: Path, at: datetime, seconds: float) -> Estimate | None:
               if i < last]  # fmt: skip
     mean = sum(share * kg for share, kg in shares) / sum(share for share, _ in shares)
     return Estimate.within(mean, grid.SPREAD, "assumed", f"hours of {path.name}")
+
+
+@functools.lru_cache(maxsize=8)
+def _series(path: Path, changed_ns: int, nbytes: int) -> tuple[grid.Hour, ...]:
+    """The file's hours, read once for all runs of a ledger."""
+    return grid.hourly(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +144,8 @@ class Entry:
     reading: Reading | None
     """As measured; None where a run was killed before its first beat."""
     site: Site
+    node: str = ""
+    """The running kernel that it was measured on: one for all containers of a machine; "" where nobody noted it."""
 
     @property
     def facility(self) -> Reading | None:
@@ -191,8 +211,11 @@ class Project:
     @property
     def site(self) -> Site:
         """The one that stands now."""
-        known = [line["site"] for line in self._lines() if line["kind"] == "site"]
-        return from_json(Site, known[-1]) if known else Site()
+        known: Any = None
+        for line in self._lines():
+            if not isinstance(line, bytes) and line["kind"] == "site":
+                known = line["site"]
+        return from_json(Site, known) if known is not None else Site()
 
     @contextlib.contextmanager
     def recording(self, what: str, experiment: str = "") -> Iterator[Recording]:
@@ -201,58 +224,77 @@ class Project:
         try:
             yield recording
         except BaseException as error:
-            recording.end(getattr(error, "exit_code", None) or 1)
+            recording.end(_code(error))
             raise
         recording.end(recording.exit_code)
 
-    def add(self, what: str, experiment: str, at: datetime, reading: Reading) -> None:
-        """A run that was measured elsewhere."""
-        recording = Recording(self, what, experiment, at)
+    def add(self, what: str, experiment: str, at: datetime, reading: Reading, run: str) -> None:
+        """A run measured elsewhere, nobody knows on which machine. Of one `run` the last that is added stands."""
+        recording = Recording(self, what, experiment, at, run=run, host="")
         recording.reading = reading
         recording.end(0)
 
     def entries(self) -> list[Entry]:
         """Every run, in the order they began."""
-        begun: dict[str, dict[str, Any]] = {}
+        runs: dict[str, _Lines] = {}
         for line in self._lines():
-            if line["kind"] == "begin":
-                begun[line["run"]] = dict(line)
-            elif line["kind"] in ("beat", "end") and line["run"] in begun:
-                begun[line["run"]] |= {"ended": line["kind"] == "end", **line}
-        return [self._entry(run) for run in begun.values()]
+            if isinstance(line, bytes):
+                if (beaten := _BEAT.fullmatch(line)) and (known := runs.get(beaten[1].decode())):
+                    known.beats.append(line)
+            elif line["kind"] in ("begin", "end"):
+                ours = runs.setdefault(line["run"], _Lines())
+                setattr(ours, line["kind"], line)
+        found = (self._entry(name, lines) for name, lines in runs.items())
+        return [entry for entry in found if entry is not None]
 
-    def _entry(self, run: dict[str, Any]) -> Entry:
-        code = run.get("exit_code")
+    def _entry(self, run: str, lines: _Lines) -> Entry | None:
+        """The run, by its last readable figure; None where nothing says what it was."""
+        told = next((t for t in (lines.end, lines.begin) if t and all(name in t for name in _BEGIN)), None)
+        if told is None:
+            self.damaged += 1
+            return None
+        figures = [lines.end] if lines.end else []
+        figures += [found for raw in reversed(lines.beats) if (found := _parsed(raw)) is not None]
+        reading, code = None, None
+        for figure in figures:
+            if reading is None and figure["reading"] is not None:
+                try:
+                    reading = from_json(Reading, figure["reading"])
+                except (PerjouleError, TypeError):
+                    self.damaged += 1
         status: Status = "killed"
-        if run.get("ended"):
+        if lines.end:
+            code = lines.end.get("exit_code")
             status = "done" if code == 0 else "failed"
-        elif run["host"] == platform.node() and _alive(run["pid"]):
+        elif told["host"] == platform.node() and _alive(told["pid"], told.get("born")):
             status = "running"
-        reading = run.get("reading")
-        return Entry(
-            run=run["run"], at=run["at"], what=run["what"], experiment=run["experiment"], host=run["host"],
-            status=status, exit_code=code, reading=from_json(Reading, reading) if reading else None,
-            site=from_json(Site, run["site"]),
-        )  # fmt: skip
-
-    def _lines(self) -> list[dict[str, Any]]:
         try:
-            raw = self.path.read_bytes()
+            if datetime.fromisoformat(told["at"]).tzinfo is None:
+                raise ValueError
+            return Entry(
+                run=run, at=told["at"], what=str(told["what"]), experiment=str(told["experiment"]),
+                host=str(told["host"]), status=status, exit_code=code, reading=reading,
+                site=from_json(Site, told["site"]), node=str(told.get("node", "")),
+            )  # fmt: skip
+        except (PerjouleError, ValueError, TypeError):
+            self.damaged += 1
+            return None
+
+    def _lines(self) -> Iterator[dict[str, Any] | bytes]:
+        """Every line that can be read, as an object; beats as they are."""
+        self.damaged = 0
+        try:
+            with open(self.path, "rb") as file:
+                for raw in file:
+                    line = raw.rstrip(b"\n")
+                    if _BEAT.fullmatch(line):
+                        yield line
+                    elif (value := _parsed(line)) is not None:
+                        yield value
+                    elif line:
+                        self.damaged += 1
         except OSError as error:
             raise BadInput(f"cannot read {self.path}: {(error.strerror or 'error').lower()}") from error
-        found: list[dict[str, Any]] = []
-        self.damaged = 0
-        for line in raw.split(b"\n"):
-            if not line:
-                continue
-            try:
-                value = json.loads(line)
-                if value["v"] != VERSION or not isinstance(value["kind"], str):
-                    raise ValueError
-                found.append(value)
-            except (ValueError, KeyError, TypeError):
-                self.damaged += 1
-        return found
 
     def _append(self, line: dict[str, Any]) -> None:
         data = json.dumps({"v": VERSION, **line}, allow_nan=False).encode() + b"\n"
@@ -274,7 +316,8 @@ class Project:
         except OSError as error:
             if not self.warned:
                 why = error.strerror or type(error).__name__
-                sys.stderr.write(f"perjoule: the ledger {self.path} cannot be written ({why}); the run goes on\n")
+                with contextlib.suppress(AttributeError, OSError, ValueError):  # there may be nobody to tell
+                    sys.stderr.write(f"perjoule: the ledger {self.path} cannot be written ({why}); the run goes on\n")
             self.warned = True
             return False
         return True
@@ -283,19 +326,27 @@ class Project:
 class Recording:
     """One run on its way into the ledger. `beat` it with what it has taken so far."""
 
-    def __init__(self, project: Project, what: str, experiment: str, at: datetime | None = None) -> None:
-        self.project, self.run, self.exit_code = project, uuid.uuid4().hex[:12], 0
+    def __init__(
+        self, project: Project, what: str, experiment: str, at: datetime | None = None, *, run: str = "",
+        host: str | None = None,
+    ) -> None:  # fmt: skip
+        self.project, self.run, self.exit_code = project, run or uuid.uuid4().hex[:12], 0
         self.reading: Reading | None = None
         self._begin = {
-            "kind": "begin", "run": self.run, "what": what, "experiment": experiment,
-            "at": (at or datetime.now(UTC)).isoformat(timespec="seconds"),
-            "host": platform.node(), "pid": os.getpid(),
+            "run": self.run, "what": what, "experiment": experiment,
+            "at": at.isoformat(timespec="seconds") if at else datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "host": platform.node() if host is None else host, "pid": os.getpid(), "born": _born(os.getpid()),
+            "node": node() if host is None else "",
         }  # fmt: skip
         try:
             self._begin["site"] = to_json(project.site)
         except PerjouleError:  # written by another version, or its file of hours has gone
             self._begin["site"] = to_json(Site())
-        self._begun = project.write(self._begin)
+        project.write({"kind": "begin", **self._begin})
+
+    def from_now(self) -> None:
+        """The work begins only now; what the ledger has of its begin stands until its end."""
+        self._begin["at"] = datetime.now(UTC).isoformat(timespec="milliseconds")
 
     def beat(self, reading: Reading) -> None:
         """What it has taken since it began."""
@@ -303,11 +354,9 @@ class Recording:
         self.project.write({"kind": "beat", "run": self.run, "reading": to_json(reading)})
 
     def end(self, exit_code: int) -> None:
-        """The last word. Where the disk was full at the beginning, the whole run is tried again."""
-        if not self._begun:
-            self._begun = self.project.write(self._begin)
+        """The last word, which needs no other line: the disk may have been full, or the file removed."""
         reading = to_json(self.reading) if self.reading else None
-        self.project.write({"kind": "end", "run": self.run, "reading": reading, "exit_code": exit_code})
+        self.project.write({"kind": "end", **self._begin, "reading": reading, "exit_code": exit_code})
 
 
 @contextlib.contextmanager
@@ -330,11 +379,52 @@ def recorded(what: str, experiment: str = "", pids: Iterable[int] = ()) -> Itera
             recording.reading = meter.stop()
 
 
-def _alive(pid: int) -> bool:
+@dataclass(kw_only=True)
+class _Lines:
+    """What the ledger holds of one run."""
+
+    begin: dict[str, Any] | None = None
+    end: dict[str, Any] | None = None
+    beats: deque[bytes] = field(default_factory=lambda: deque(maxlen=2))
+    """The last, and the one before in case it is damaged."""
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The line, if it is one of this version with the fields of its kind."""
+    try:
+        value = json.loads(line)
+        needed = {"site": ("site",), "begin": ("run", *_BEGIN), "beat": ("run", "reading"), "end": ("run", "reading")}
+        if value["v"] != VERSION or any(name not in value for name in needed.get(value["kind"], ())):
+            return None
+        return value if isinstance(value["kind"], str) and isinstance(value.get("run", ""), str) else None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _code(error: BaseException) -> int:
+    """The exit code that an exception out of a run stands for."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return getattr(error, "exit_code", None) or 1
+
+
+def _alive(pid: object, born: object) -> bool:
+    """Whether the process that began the run is still there, and not another that was given its number."""
+    if not isinstance(pid, int) or pid <= 0:
+        return False
     try:
         os.kill(pid, 0)
     except PermissionError:
-        return True
-    except OSError:
+        pass
+    except (OSError, OverflowError):
         return False
-    return True
+    return not born or born == _born(pid)
+
+
+def _born(pid: int) -> str:
+    """When a process started, in the system's ticks since boot; "" where it does not say."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[19].decode()  # field 22 of proc(5)
+    except (OSError, IndexError):
+        return ""

@@ -77,11 +77,11 @@ def place(environ: Mapping[str, str] = os.environ) -> Place:
         if environ.get(rank, "").isdigit():
             ours = {"rank": rank, "local_rank": local_rank, "world": world, "local_world": local_world}
             told = {key: int(v) for key, name in ours.items() if (v := environ.get(name, "")).isdigit()}
-            return Place(node=_node(), name=platform.node(), **told)
-    return Place(node=_node(), name=platform.node())
+            return Place(node=node(), name=platform.node(), **told)
+    return Place(node=node(), name=platform.node())
 
 
-def _node() -> str:
+def node() -> str:
     """One running kernel; containers share it, machines do not."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:13]
@@ -193,7 +193,7 @@ class Shared:
                 known = self._find()
                 for f in known:
                     if not f.works and f.covers:
-                        gpu = "; GPU energy is not in the total" if "gpu" in f.covers else ""
+                        gpu = "; GPU energy is not in the total" if set(f.covers) == {"gpu"} else ""
                         self._note(f"{f.name}: {f.why}{gpu}")
             while True:
                 self._known = known
@@ -285,7 +285,8 @@ class Shared:
             os.fsync(self._file)
         except OSError as error:
             if not self._warned:
-                sys.stderr.write(f"perjoule: {self._path} cannot be written ({error.strerror}); the run goes on\n")
+                with contextlib.suppress(AttributeError, OSError, ValueError):  # there may be nobody to tell
+                    sys.stderr.write(f"perjoule: {self._path} cannot be written ({error.strerror}); the run goes on\n")
             self._warned = True
 
     def _note(self, text: str) -> None:

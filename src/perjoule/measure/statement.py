@@ -2,7 +2,8 @@
 
     SCI = (E · I + M) per R        kgCO2e per functional unit, ISO/IEC 21031:2024
 
-    E   energy of all runs, failed ones too, of the facility where the site gives a PUE
+    E   energy of all runs, failed ones too, of the facility where the site gives a PUE; what several runs measured at
+        once on one machine counts once (overlap.py)
     I   carbon intensity of the place's grid: location-based, no certificates, as the standard demands
     M   embodied carbon: kg of making the machine · time used / life
     R   functional units that the work served: requests, tokens, users, trained models
@@ -24,6 +25,7 @@ from perjoule.core import units
 from perjoule.core.errors import BadInput
 from perjoule.core.reading import Boundary, Estimate, worst
 from perjoule.core.units import J_PER_KWH
+from perjoule.measure.overlap import counted
 from perjoule.measure.project import Entry
 
 WIDER: tuple[Boundary, ...] = ("device", "host", "facility")
@@ -47,8 +49,10 @@ class Statement:
     hosts: int
     places: tuple[str, ...]
     time_s: float
-    """Of all runs one after the other."""
+    """Of all runs one after the other; of those at once on one machine, that of the machine."""
     energy_j: Estimate
+    twice_j: float
+    """What several runs measured at once, on one machine: counted once."""
     boundary: Boundary
     """The narrowest of the runs'."""
     operational_kgco2e: Estimate | None
@@ -78,11 +82,20 @@ class Statement:
             f"(e) energy consumption: {kwh[0]:.4g} kWh, {known}; {100 * e.level:.0f} % interval "
             f"{kwh[1]:.4g} to {kwh[2]:.4g} kWh; boundary: {self.boundary}",
             f"    from: {e.source}",
+            *(
+                [f"    {self.twice_j / J_PER_KWH:.4g} kWh that several runs measured at once are counted once"]
+                if self.twice_j
+                else []
+            ),
             "",
             "Software Carbon Intensity, ISO/IEC 21031:2024: SCI = (E x I + M) per R",
             f"E      {kwh[0]:.4g} kWh",
         ]
         if self.operational_kgco2e:
+            if e.value > 0:
+                lines.append(
+                    f"I      {1000 * self.operational_kgco2e.value / kwh[0]:.4g} gCO2e/kWh, the mean of the runs"
+                )
             lines.append(f"E x I  {self.operational_kgco2e.value:.4g} kgCO2e (grid of {', '.join(self.places)})")
         lines.append(f"M      {self.embodied_kgco2e:.4g} kgCO2e")
         if self.unit:
@@ -106,10 +119,14 @@ def state(
     if not read:
         of = f" of experiment '{experiment}'" if experiment else ""
         raise BadInput(f"no run{of} has a reading; run one with: perjoule measure -- COMMAND")
-    energy = _sum([f.energy_j for _, f in read])
-    carbons = [f.carbon_kgco2e for _, f in read if f.carbon_kgco2e]
+    shares = counted([e for e, _ in read])
+    energy = _sum([f.energy_j.scaled(share.energy) for (_, f), share in zip(read, shares, strict=True)])
+    carbons = [
+        f.carbon_kgco2e.scaled(share.energy) for (_, f), share in zip(read, shares, strict=True) if f.carbon_kgco2e
+    ]
     operational = _sum(carbons) if len(carbons) == len(read) else None
-    embodied = sum(e.embodied_kgco2e for e, _ in read)
+    embodied = sum(e.embodied_kgco2e * share.time for (e, _), share in zip(read, shares, strict=True))
+    twice_j = sum(f.energy_j.value * (1 - share.energy) for (_, f), share in zip(read, shares, strict=True))
     sci = None
     if operational and unit:
         sci = (operational + Estimate.exact(embodied, "embodied", "assumed")).scaled(1 / per)
@@ -123,8 +140,9 @@ def state(
         last=max(e.at for e in entries),
         hosts=len({e.host for e in entries}),
         places=tuple(dict.fromkeys(e.site.place or e.site.hours for e, f in read if f.carbon_kgco2e)),
-        time_s=sum(f.time_s.value for _, f in read),
+        time_s=sum(f.time_s.value * share.time for (_, f), share in zip(read, shares, strict=True)),
         energy_j=energy,
+        twice_j=twice_j,
         boundary=min((f.boundary for _, f in read), key=WIDER.index),
         operational_kgco2e=operational,
         embodied_kgco2e=embodied,
