@@ -15,7 +15,8 @@ Each setting runs in a forked process of one thread: CPU seconds are its own, ca
 MB is the rise of its resident peak. Bytes are those of the linear layers in their form; unstructured sparsity at 12
 bytes a weight that stays (an ONNX initializer; the coded file of perjoule.compress.container needs less). `mixed`
 allocates one budget over all layers by predicted damage: each layer's error under H, outputs weighed by the Fisher
-information of the model's own predictions.
+information of the model's own predictions. Layers that read the same inputs (q, k and v; gate and up) are one matrix,
+where it says `stacked`: masks then keep what matters most in all of them.
 """
 
 import argparse
@@ -42,16 +43,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 from perjoule.compress.fit import FITS
-from perjoule.compress.fit.second_order import retargeted
+from perjoule.compress.fit.second_order import abreast, retargeted
 from perjoule.compress.fit.surgeon import removal
 from perjoule.compress.forms import NM, Form, Grid, LowRank, Metric, Sparse
-from perjoule.compress.sites import find
-from perjoule.compress.stream import gradients
+from perjoule.compress.forms.lowrank import errors
 from perjoule.search.allocate import Choice, allocate
 from perjoule.search.menu import Option
 
 HARDWARE = "2 cores of an AMD EPYC (Zen 5) virtual machine"
-WINDOW, BATCH, SENSED = 256, 4, 8
+WINDOW, BATCH, SENSED = 256, 2, 8
+SURE = 2.5
+"""Standard errors: one-sided, 5 % over all eight budgets together (Bonferroni)."""
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUT, GATES, DOWN = ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
 
@@ -65,25 +67,45 @@ def spread(x_BL, count):
     return x_BL[torch.linspace(0, len(x_BL) - 1, min(count, len(x_BL))).long()]
 
 
-def perplexity(model, x_BL):
-    total = 0.0
+def losses(model, x_BL):
+    """Mean negative log-likelihood of every window."""
+    found = []
     with torch.inference_mode():
         for x in x_BL.split(16):
             logits = model(x, use_cache=False).logits[:, :-1]
-            total += float(F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="sum"))
-    return math.exp(total / x_BL[:, 1:].numel())
+            lost = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none")
+            found.append(lost.reshape(len(x), -1).double().mean(1))
+    return torch.cat(found)
+
+
+def perplexity(losses_B):
+    return math.exp(float(losses_B.mean()))
+
+
+def surely_less(losses_B, others_B):
+    """Whether the interval of the paired difference lies below zero."""
+    change_B = losses_B - others_B
+    return float(change_B.mean() + SURE * change_B.std() / len(change_B) ** 0.5) < 0
 
 
 class Moments:
-    """H = E[x xᵀ] of the inputs that a layer sees now, D = E[(x0 - x) xᵀ] with x0 those of the original."""
+    """H = E[x xᵀ] of the inputs that a layer sees now, D = E[(x0 - x) xᵀ], with x0 those of the original."""
 
     def __init__(self):
-        self.h_II, self.d_II, self.rows = 0, 0, 0
+        self.h_II = self.d_II = None
+        self.rows = 0
 
-    def add(self, x, x0):
-        x_NI, gap_NI = x.flatten(0, 1), (x0 - x).flatten(0, 1)
-        self.h_II, self.d_II = self.h_II + x_NI.T @ x_NI, self.d_II + gap_NI.T @ x_NI
+    def add(self, x, x0=None):
+        x_NI = x.flatten(0, 1)
+        if self.h_II is None:
+            self.h_II, self.d_II = torch.zeros(2, x.shape[-1], x.shape[-1])
+        self.h_II.addmm_(x_NI.T, x_NI)
         self.rows += len(x_NI)
+        if x0 is not None:
+            self.d_II.addmm_((x0 - x).flatten(0, 1).T, x_NI)
+
+    def result(self):
+        return self.h_II.div_(self.rows), self.d_II.div_(self.rows)
 
 
 def mixed_heads(layer, n, positions):
@@ -100,60 +122,84 @@ def gated(layer, n):
 
 
 @torch.inference_mode()
-def walk(model, x_BL, treat):
-    """Hand every group of layers, in order, to `treat(block, names, moments)`, which may change their weights."""
-    x = model.model.embed_tokens(x_BL)
-    positions = model.model.rotary_emb(x, torch.arange(x.shape[1])[None])
-    x0, heads = x.clone(), torch.empty(0)
-    parts = [slice(a, a + BATCH) for a in range(0, len(x), BATCH)]
+def walk(model, x_BL, treat, *, changes=True):
+    """Hand every group of layers, in order, to `treat(block, names, h_II, d_II)`.
+
+    It may change their weights; x0, the hidden states of the original, go along. Without `changes` there are none.
+    Hidden states stay in the mini-batches that they are made in: those fit where others have been.
+    """
+    x = [model.model.embed_tokens(part_BL) for part_BL in x_BL.split(BATCH)]
+    x0 = [a.clone() for a in x] if changes else [None] * len(x)
+    positions = model.model.rotary_emb(x[0], torch.arange(x_BL.shape[1])[None])
     for number, layer in enumerate(model.model.layers):
-        first = copy.deepcopy(layer)
+        first = copy.deepcopy(layer) if changes else None
         moments = Moments()
-        for b in parts:
-            moments.add(layer.input_layernorm(x[b]), layer.input_layernorm(x0[b]))
-        treat(number, ATTENTION, moments)
-        moments, found = Moments(), []
-        for b in parts:
-            found.append(mixed_heads(layer, layer.input_layernorm(x[b]), positions))
-            heads0 = mixed_heads(first, layer.input_layernorm(x0[b]), positions)
-            moments.add(found[-1], heads0)
-            x0[b] += first.self_attn.o_proj(heads0)
-        treat(number, OUT, moments)
+        for a, a0 in zip(x, x0, strict=True):
+            moments.add(layer.input_layernorm(a), layer.input_layernorm(a0) if changes else None)
+        treat(number, ATTENTION, *moments.result())
+        moments, heads = Moments(), []
+        for a, a0 in zip(x, x0, strict=True):
+            heads.append(mixed_heads(layer, layer.input_layernorm(a), positions))
+            heads0 = mixed_heads(first, layer.input_layernorm(a0), positions) if changes else None
+            moments.add(heads[-1], heads0)
+            if changes:
+                a0 += first.self_attn.o_proj(heads0)
+        treat(number, OUT, *moments.result())
         moments = Moments()
-        for b, heads in zip(parts, found, strict=True):
-            x[b] += layer.self_attn.o_proj(heads)
-            moments.add(layer.post_attention_layernorm(x[b]), layer.post_attention_layernorm(x0[b]))
-        treat(number, GATES, moments)
+        for a, a0 in zip(x, x0, strict=True):
+            a += layer.self_attn.o_proj(heads.pop(0))
+            n0 = layer.post_attention_layernorm(a0) if changes else None
+            moments.add(layer.post_attention_layernorm(a), n0)
+        treat(number, GATES, *moments.result())
         moments = Moments()
-        for b in parts:
-            a0 = gated(first, layer.post_attention_layernorm(x0[b]))
-            moments.add(gated(layer, layer.post_attention_layernorm(x[b])), a0)
-            x0[b] += first.mlp.down_proj(a0)
-        treat(number, DOWN, moments)
-        for b in parts:
-            x[b] += layer.mlp.down_proj(gated(layer, layer.post_attention_layernorm(x[b])))
+        for a, a0 in zip(x, x0, strict=True):
+            g0 = gated(first, layer.post_attention_layernorm(a0)) if changes else None
+            moments.add(gated(layer, layer.post_attention_layernorm(a)), g0)
+            if changes:
+                a0 += first.mlp.down_proj(g0)
+        treat(number, DOWN, *moments.result())
+        for a in x if number + 1 < len(model.model.layers) else ():
+            a += layer.mlp.down_proj(gated(layer, layer.post_attention_layernorm(a)))
 
 
-class Predictions(nn.Module):
+def weighed(logits):
     """Outputs whose squared derivatives, v . output with v ~ N(0, 1), are the Fisher information of the predictions."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids):
-        log_p = self.model(input_ids, use_cache=False).logits.log_softmax(-1)
-        return log_p.detach().exp().sqrt() * log_p
+    log_p = logits.log_softmax(-1)
+    return log_p.detach().exp().sqrt() * log_p
 
 
 def fisher(model, x_BL):
-    """E[g^2] of every output of every layer, from windows spread over the calibration text."""
-    watched = Predictions(model)
-    for parameter in watched.parameters():
-        parameter.requires_grad_(False)
-    sites = [s for s in find(watched)[0] if ".layers." in s.name]
-    found = gradients(watched, sites, [{"input_ids": x} for x in spread(x_BL, SENSED).split(1)], seed=0).g_O
-    return {name.removeprefix("model.model.layers."): g_O for name, g_O in found.items()}
+    """Fisher information of the predictions at every output of every layer, from windows spread over the text.
+
+    Backwards block by block, each from the hidden states in front of it: one block's graph is in memory at a time.
+    """
+    layers, generator, g_O, outs = model.model.layers, torch.Generator().manual_seed(0), {}, {}
+    model.requires_grad_(False)
+
+    def keep(key):
+        return lambda module, args, out: outs.__setitem__(key, out)
+
+    sites = [f"{i}.{n}" for i in range(len(layers)) for n in (*ATTENTION, *OUT, *GATES, *DOWN)]
+    handles = [layers.get_submodule(s).register_forward_hook(keep(s)) for s in sites]
+    windows_1L = spread(x_BL, SENSED).split(1)
+    for x in windows_1L:
+        with torch.no_grad():
+            h = [model.model.embed_tokens(x)]
+            positions = model.model.rotary_emb(h[0], torch.arange(x.shape[1])[None])
+            for layer in layers:
+                h.append(layer(h[-1], position_embeddings=positions))
+        last, v = h.pop().requires_grad_(), torch.randn(1, x.shape[1], model.config.vocab_size, generator=generator)
+        g = torch.autograd.grad(weighed(model.lm_head(model.model.norm(last))), last, v)
+        for layer in reversed(layers):
+            outs.clear()
+            h_in = h.pop().requires_grad_()
+            out = layer(h_in, position_embeddings=positions)
+            *found, g = torch.autograd.grad(out, [*outs.values(), h_in], g)
+            for site, one in zip(outs, found, strict=True):
+                g_O[site] = g_O.get(site, 0) + one.square().flatten(0, 1).sum(0) / len(windows_1L)
+    for handle in handles:
+        handle.remove()
+    return g_O
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,19 +216,14 @@ class Setting:
     """Outputs weighed by their gradients."""
 
 
-def sites_of(names, stacked):
-    return [tuple(names)] if stacked else [(n,) for n in names]
-
-
 def metric_of(h_II, g_O):
     d_I = h_II.diagonal()
     return Metric(diagonal_OI=d_I.clamp_min(1e-8 * float(d_I.max()))[None], full_II=h_II, rows_O=g_O)
 
 
-def each_site(model, moments, number, names, stacked, g_O):
+def each_site(model, h_II, number, names, stacked, g_O):
     """(site, modules, w_OI, metric) of every matrix of a group of layers."""
-    h_II = moments.h_II / moments.rows
-    for site in sites_of(names, stacked):
+    for site in [tuple(names)] if stacked else [(n,) for n in names]:
         layers = [model.model.layers[number].get_submodule(n) for n in site]
         rows_O = torch.cat([g_O[f"{number}.{n}"] for n in site]) if g_O else None
         yield (number, site), layers, torch.cat([m.weight for m in layers]), metric_of(h_II, rows_O)
@@ -194,12 +235,12 @@ def compress(model, x_BL, setting):
     plan = setting.plan(model, x_BL, g_O) if setting.plan else None
     nbytes, kept, weights = 0, 0, 0
 
-    def treat(number, names, moments):
+    def treat(number, names, h_II, d_II):
         nonlocal nbytes, kept, weights
-        for key, layers, w_OI, metric in each_site(model, moments, number, names, setting.stacked, g_O):
+        for key, layers, w_OI, metric in each_site(model, h_II, number, names, setting.stacked, g_O):
             form = plan[key] if plan else setting.form
             weights += w_OI.numel()
-            target_OI = retargeted(w_OI, metric.full_II, moments.d_II / moments.rows)
+            target_OI = retargeted(w_OI, h_II, d_II)
             if form is None:
                 nbytes, kept, dense_OI = nbytes + 4 * w_OI.numel(), kept + w_OI.numel(), target_OI
             else:
@@ -238,14 +279,18 @@ def solved(menus, budget):
 
 
 def menus_of(model, x_BL, g_O, stacked, options):
-    """`options(w_OI, metric)` -> [(form, damage, bytes)] of every site, on the original model's inputs."""
+    """[(form, damage, bytes)] of every site, on the original model's inputs.
+
+    `options(weights, metric)` gives a menu for each of several matrices with the same inputs.
+    """
     menus = {}
 
-    def look(number, names, moments):
-        for key, _, w_OI, metric in each_site(model, moments, number, names, stacked, g_O):
-            menus[key] = options(w_OI, metric)
+    def look(number, names, h_II, d_II):
+        found = list(each_site(model, h_II, number, names, stacked, g_O))
+        metric = metric_of(h_II, torch.cat([m.rows_O for *_, m in found]))
+        menus.update(zip([f[0] for f in found], options([f[2] for f in found], metric), strict=True))
 
-    walk(model, x_BL, look)
+    walk(model, x_BL, look, changes=False)
     return menus
 
 
@@ -260,50 +305,56 @@ def grid(bits, group):
 def mixed_grids(budget):
     forms = [grid(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (None, 32)]
 
-    def options(w_OI, metric):
-        fitted = [(f, FITS["second_order"](f, w_OI, metric).dense()) for f in forms]
-        return [(f, float(metric.error(w_OI - v)), f.nbytes(*w_OI.shape)) for f, v in fitted]
+    def options(weights, metric):
+        w_OI, sizes = torch.cat(weights), [len(w) for w in weights]
+        errors_FOI = torch.stack([w_OI - p.dense() for p in abreast(forms, w_OI, metric)])
+        lost_FO = ((errors_FOI @ metric.full_II) * errors_FOI).sum(2) * metric.rows_O
+        for w, lost_FR in zip(weights, lost_FO.split(sizes, 1), strict=True):
+            damages = lost_FR.sum(1).tolist()
+            yield [(f, d, f.nbytes(*w.shape)) for f, d in zip(forms, damages, strict=True)]
 
     return lambda model, x_BL, g_O: solved(menus_of(model, x_BL[::2], g_O, False, options), budget)
 
 
 def mixed_sparse(density):
-    def options(w_OI, metric):
+    forms = [Sparse(density=d / 100, greedy=True) for d in range(15, 100, 5)]
+
+    def options(weights, metric):
+        w_OI, sizes = torch.cat(weights), [len(w) for w in weights]
         steps = math.ceil(0.95 * w_OI.shape[1])
         _, rise_OS = removal(w_OI, metric.full_II, steps=steps)  # one run gives the damage of every density
-        rise_N = (rise_OS.cummax(1).values * metric.rows_O[:, None]).flatten().sort().values.cumsum(0)
-        forms = [Sparse(density=d / 100, greedy=True) for d in range(15, 100, 5)]
-        counts = [f.kept(*w_OI.shape) for f in forms]
-        return [(f, float(rise_N[w_OI.numel() - k - 1]), k) for f, k in zip(forms, counts, strict=True)]
+        rise_OS = rise_OS.cummax(1).values * metric.rows_O[:, None]
+        for w, rise_RS in zip(weights, rise_OS.split(sizes), strict=True):
+            rise_N, counts = rise_RS.flatten().sort().values.cumsum(0), [f.kept(*w.shape) for f in forms]
+            yield [(f, float(rise_N[w.numel() - k - 1]), k) for f, k in zip(forms, counts, strict=True)]
 
     return lambda model, x_BL, g_O: solved(menus_of(model, x_BL[::2], g_O, False, options), density * weights_of(model))
 
 
 def mixed_low_rank(share):
-    def options(w_OI, metric):
-        rows, columns = w_OI.shape
-        found = [(None, 0.0, rows * columns)]
-        for rank in range(8, min(rows, columns), 8):
-            size = rank * (rows + columns)
-            if size < rows * columns:
-                form = LowRank(share=(size + 0.5) / (rows * columns))
-                error = w_OI - FITS["second_order"](form, w_OI, metric).dense()
-                found.append((form, float(metric.error(error)), size))
-        return found
+    def options(weights, metric):
+        for w_OI in weights:  # one: layers with the same inputs are stacked
+            (rows, columns), lost_r = w_OI.shape, errors(w_OI, metric)
+            found = [(None, 0.0, rows * columns)]
+            for rank in range(8, min(rows, columns), 8):
+                size = rank * (rows + columns)
+                if size < rows * columns:
+                    found.append((LowRank(share=(size + 0.5) / (rows * columns)), float(lost_r[rank]), size))
+            yield found
 
     return lambda model, x_BL, g_O: solved(menus_of(model, x_BL[::2], g_O, True, options), share * weights_of(model))
 
 
 SETTINGS = [
-    Setting(name="int4 per row", form=grid(4, None), peers=5.09, weighed=False),
-    Setting(name="int4 group 32", form=grid(4, 32), peers=5.02, weighed=False),
-    Setting(name="int3 per row", form=grid(3, None), peers=8.23, weighed=False),
-    Setting(name="int3 group 32", form=grid(3, 32), peers=8.04, weighed=False),
-    Setting(name="50 % sparse", form=Sparse(density=0.5, greedy=True), peers=18.0),
+    Setting(name="int4 per row", form=grid(4, None), stacked=True, peers=5.09, weighed=False),
+    Setting(name="int4 group 32", form=grid(4, 32), stacked=True, peers=5.02, weighed=False),
+    Setting(name="int3 per row", form=grid(3, None), stacked=True, peers=8.23, weighed=False),
+    Setting(name="int3 group 32", form=grid(3, 32), stacked=True, peers=8.04, weighed=False),
+    Setting(name="50 % sparse", form=Sparse(density=0.5, greedy=True), stacked=True, peers=18.0),
     Setting(name="50 % sparse, mixed", plan=mixed_sparse(0.5), peers=18.0),
-    Setting(name="60 % sparse", form=Sparse(density=0.4, greedy=True), peers=50.9),
+    Setting(name="60 % sparse", form=Sparse(density=0.4, greedy=True), stacked=True, peers=50.9),
     Setting(name="60 % sparse, mixed", plan=mixed_sparse(0.4), peers=50.9),
-    Setting(name="2:4", form=NM(greedy=True), peers=33.0, weighed=False),
+    Setting(name="2:4", form=NM(greedy=True), stacked=True, peers=33.0, weighed=False),
     Setting(name="low rank, 80 %", form=LowRank(share=0.8), stacked=True, peers=34.7),
     Setting(name="low rank, 80 %, mixed", plan=mixed_low_rank(0.8), stacked=True, peers=34.7),
 ]
@@ -341,43 +392,33 @@ def compressed(model, x_BL, setting):
 
 
 def judged(model, x_BL, setting, *unseen):
-    """(perplexities on each unseen text, sizes, CPU seconds, MB)."""
+    """(losses on each unseen text, sizes, CPU seconds, MB)."""
     (sizes, weights), cpu_s, extra_mb = apart(compressed, model, x_BL, setting)
     copied = copy.deepcopy(model)
     copied.model.layers.load_state_dict({n: torch.from_numpy(w) for n, w in weights.items()}, strict=False)
-    return [perplexity(copied, x) for x in unseen], sizes, cpu_s, extra_mb
+    return [losses(copied, x) for x in unseen], sizes, cpu_s, extra_mb
 
 
 def curve(model, fit_BL, held_BL, all_BL, unseen_BL):
-    """Joint allocation against uniform settings at eight budgets of bytes: the better on held-back text is kept."""
+    """At eight budgets of bytes: joint allocation where surely better on held-back text, else the best uniform."""
     uniform = []
     for bits, group in UNIFORM:
-        setting = Setting(name=f"int{bits} {group or 'row'}", form=grid(bits, group), weighed=False)
+        setting = Setting(name=f"int{bits} {group or 'row'}", form=grid(bits, group), stacked=True, weighed=False)
         (held,), (nbytes, _), _, _ = judged(model, fit_BL, setting, held_BL)
         (unseen,), _, _, _ = judged(model, all_BL, setting, unseen_BL)
-        uniform.append((setting, nbytes, held, unseen))
+        uniform.append((setting, nbytes, held, perplexity(unseen)))
     rows = []
     for _, budget, _, _ in uniform:
         fitting = [u for u in uniform if u[1] <= budget]
-        best = min(fitting, key=lambda u: u[2])
+        best = min(fitting, key=lambda u: float(u[2].mean()))
         joint = Setting(name="mixed", plan=mixed_grids(budget))
         (held,), (nbytes, _), _, _ = judged(model, fit_BL, joint, held_BL)
         (unseen,), (nbytes, _), cpu_s, extra_mb = judged(model, all_BL, joint, unseen_BL)
-        kept = "mixed" if held < best[2] else best[0].name
+        kept, unseen = "mixed" if surely_less(held, best[2]) else best[0].name, perplexity(unseen)
         ours, size = (unseen, nbytes) if kept == "mixed" else (best[3], best[1])
         rival = min(u[3] for u in fitting)
-        rows.append(
-            {
-                "budget_bytes": budget,
-                "nbytes": size,
-                "kept": kept,
-                "ours": ours,
-                "mixed": unseen,
-                "best_uniform": rival,
-                "cpu_s": cpu_s,
-                "extra_mb": extra_mb,
-            }
-        )
+        row = {"budget_bytes": budget, "nbytes": size, "kept": kept, "ours": ours, "mixed": unseen}
+        rows.append({**row, "best_uniform": rival, "cpu_s": cpu_s, "extra_mb": extra_mb})
         print(
             f"{budget:>8} B  kept {kept:<9} {ours:7.3f}   mixed {unseen:7.3f}   best uniform (chosen on the unseen "
             f"text itself) {rival:7.3f}   {cpu_s:5.2f} CPU s {extra_mb:4.0f} MB",
@@ -408,11 +449,12 @@ def main() -> None:
     if given.validation:
         all_BL, unseen_BL = fit_BL, held_BL
     fit_BL, all_BL = spread(fit_BL, given.windows), spread(all_BL, given.windows)
-    base = perplexity(model, unseen_BL)
+    base = perplexity(losses(model, unseen_BL))
     print(f"float32: perplexity {base:.3f}, {unseen_BL.numel()} tokens, linear layers {4 * weights_of(model)} bytes")
     rows = []
     for setting in (s for s in SETTINGS if given.only in s.name):
-        (found,), (nbytes, kept), cpu_s, extra_mb = judged(model, all_BL, setting, unseen_BL)
+        (lost_B,), (nbytes, kept), cpu_s, extra_mb = judged(model, all_BL, setting, unseen_BL)
+        found = perplexity(lost_B)
         rows.append(
             {
                 "setting": setting.name,

@@ -14,7 +14,8 @@ The curve: eight budgets of bytes, those of the whole coded file (perjoule.compr
 layer has a menu of all families; predicted damages are its error under E[x xᵀ] and the Fisher information of its
 outputs, corrected per layer by one measured probe and per family by whole-model evaluations; allocation is exact. The
 rivals at a budget are all single-family versions whose file fits: the same setting everywhere, and each family's own
-allocation.
+allocation. The search proposes; a joint version is kept only if it is surely better than the best rival on images
+that neither calibration nor search has seen, else the rival itself is kept.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from resnet20_network import Images, agreement, divergence, fisher, fitted, folded, logits, metric_of, walk
+from resnet20_network import Images, agreement, divergence, divergences, fisher, fitted, folded, logits, metric_of, walk
 
 from perjoule.compress.apply import Applier
 from perjoule.compress.container import coded_nbytes
@@ -169,6 +170,9 @@ def looked_at(original, x_N, g_O):
 
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65)
 JOINT = [(0.1, 4), (0.15, 4), (0.2, 4), (0.3, 4), (0.4, 4), (0.2, 3), (0.3, 3), (0.4, 3), (0.55, 3), (0.3, 6), (0.5, 6)]
+RIVALS = 3
+SURE = 2.5
+"""Standard errors: one-sided, 5 % over all eight budgets together (Bonferroni)."""
 BUDGETS = (34_000, 42_000, 52_000, 64_000, 80_000, 100_000, 130_000, 190_000)
 
 
@@ -354,8 +358,38 @@ def told(name, row):
     )
 
 
-def curve_rows(curve, found, images, test):
-    """One row a budget: what is kept (the best on held-back images), and the rivals."""
+def decided(curve, found, unseen):
+    """At every budget {kept, rival, joint}: the joint version only where it is surely better on images not searched on.
+
+    The rival is the best on `unseen` of the RIVALS single-family versions that the search found best. The joint version
+    that the search found best is kept if the interval of its paired difference lies below zero; else the rival is.
+    """
+    wanted = logits(curve.original, unseen)
+
+    def losses(one):
+        if "losses" not in one:
+            curve.build(one["picks"])
+            one["losses"] = divergences(logits(curve.model, unseen), wanted)
+            one["unseen"] = float(one["losses"].mean())
+        return one["losses"]
+
+    rows = []
+    for budget in BUDGETS:
+        fitting = sorted((f for f in found if f["nbytes"] <= budget), key=lambda f: f["held"])
+        singles = [f for f in fitting if f["family"] != "joint"][:RIVALS]
+        rival = min(singles, key=lambda f: float(losses(f).mean()))
+        joint = next((f for f in fitting if f["family"] == "joint"), rival)
+        change = (losses(joint) - losses(rival)).double()
+        mean, half = float(change.mean()), SURE * float(change.std()) / len(change) ** 0.5
+        kept = joint if mean + half < 0 else rival
+        rows.append(
+            {"budget_bytes": budget, "kept": kept, "rival": rival, "joint": joint, "change": [mean, mean + half]}
+        )
+    return rows
+
+
+def curve_rows(curve, found, decisions, images, test):
+    """The decisions, to print and to keep; with `test` also how every version does on the test images."""
     if test:
         wanted, y = logits(curve.original, images.x_test), images.y_test
         for one in found:
@@ -364,24 +398,20 @@ def curve_rows(curve, found, images, test):
             one["test"] = divergence(answers, wanted)
             one["accuracy"] = 100 * float((answers.argmax(1) == y).double().mean())
             one["agreement"] = 100 * agreement(answers, wanted)
-    rows = []
-    for budget in BUDGETS:
-        fitting = [f for f in found if f["nbytes"] <= budget]
-        singles = [f for f in fitting if f["family"] != "joint"]
-        row = {"budget_bytes": budget, "kept": min(fitting, key=lambda f: f["held"])}
-        row["rival"] = min(singles, key=lambda f: f["held"])
-        if test:
+        for row in decisions:
+            singles = [f for f in found if f["nbytes"] <= row["budget_bytes"] and f["family"] != "joint"]
             row["rival_by_test"] = min(singles, key=lambda f: f["test"])
-        rows.append(
-            {k: v if k == "budget_bytes" else {n: x for n, x in v.items() if n != "picks"} for k, v in row.items()}
-        )
-        shown = [
-            f"{k} {v['label']} {v['nbytes']} B, KL held {v['held']:.4f}"
-            + (f" test {v['test']:.4f}, {v['accuracy']:.2f} %" if test else "")
-            for k, v in row.items()
-            if k != "budget_bytes"
-        ]
-        print(f"{budget:>7} B  " + "   ".join(shown), flush=True)
+    rows = []
+    for decision in decisions:
+        shown = {k: v for k, v in decision.items() if isinstance(v, dict)}
+        keep = {n: {k: x for k, x in v.items() if k not in ("picks", "losses")} for n, v in shown.items()}
+        rows.append({**decision, **keep})
+        mean, high = decision["change"]
+        print(f"{decision['budget_bytes']:>7} B  joint - rival {mean:+.5f}, surely below {high:+.5f}")
+        for name, v in shown.items():
+            tested = f" test {v['test']:.5f}, {v['accuracy']:.2f} %" if test else ""
+            print(f"    {name:14} {v['label']:24} {v['nbytes']} B, KL searched {v['held']:.5f}"
+                  + (f" unseen {v['unseen']:.5f}" if "unseen" in v else "") + tested, flush=True)  # fmt: skip
     return rows
 
 
@@ -390,7 +420,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds resnet20-cifar10")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--validation", action="store_true", help="leave the test images out")
-    parser.add_argument("--steps", type=int, default=500, help="of distillation at 80 % zeros; a sixth of it at int4")
+    parser.add_argument("--steps", type=int, default=500, help="of distillation at 80 %% zeros; a sixth of it at int4")
     parser.add_argument("--part", choices=("settings", "curve"), help="only this part")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -414,11 +444,15 @@ def main() -> None:
     if given.part != "settings":
         began = time.process_time()
         menus = {n: menu_of(n, w_OI, metric, means[n]) for n, (w_OI, metric) in known.items()}
-        curve = Curve(original, menus, images.held[::2])
+        searched = images.held[::2]
+        curve = Curve(original, menus, searched)
         curve.probe(x_N)
         found = curve.search()
+        unseen = images.unseen(x_N, searched)
+        decisions = decided(curve, found, unseen)
+        document["curve_images"] = {"searched": len(searched), "decided": len(unseen)}
         document["curve_cpu_s"], document["curve_evaluations"] = time.process_time() - began, len(found)
-        document["curve"] = curve_rows(curve, found, images, not given.validation)
+        document["curve"] = curve_rows(curve, found, decisions, images, not given.validation)
     if not given.validation and versions:
         document["settings"] = judged(original, images, versions)
         for name, row in document["settings"].items():

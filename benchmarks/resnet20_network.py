@@ -75,6 +75,12 @@ def normal(x):
     return (torch.from_numpy(x).float() / 255 - mean) / std
 
 
+def pixels(x):
+    """What `normal` was made from."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    return (255 * (x * std + mean)).numpy()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Images:
     fit: torch.Tensor
@@ -82,6 +88,8 @@ class Images:
     """Choices are made on these: 1269 originals and 1000 recompressed ones, which the network finds harder."""
     x_test: torch.Tensor
     y_test: torch.Tensor
+    originals: tuple[int, int]
+    """How many of `fit` and of `held` are no recompressed images; they come first."""
 
     @classmethod
     def read(cls, folder):
@@ -98,7 +106,13 @@ class Images:
             held=normal(np.concatenate([held, jpeg[later]])),
             x_test=normal(part["x_test"]),
             y_test=torch.from_numpy(part["y_test"]).long(),
+            originals=(len(rest), len(held)),
         )
+
+    def unseen(self, calibrated, searched):
+        """Originals of both parts of which neither calibration nor search has seen a copy, itself included."""
+        some = torch.cat([part[:count] for part, count in zip((self.fit, self.held), self.originals, strict=True)])
+        return some[torch.from_numpy(~copies(*(pixels(x) for x in (some, torch.cat([calibrated, searched])))))]
 
 
 def copies(jpeg, x):
@@ -112,9 +126,13 @@ def logits(model, x):
         return torch.cat([model(b) for b in x.split(128)])
 
 
+def divergences(found, wanted):
+    """KL from the original's answer to every image, in nats."""
+    return F.kl_div(found.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="none").sum(1)
+
+
 def divergence(found, wanted):
-    """Mean KL from the original's answers, in nats."""
-    return float(F.kl_div(found.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="batchmean"))
+    return float(divergences(found, wanted).mean())
 
 
 def agreement(found, wanted):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from perjoule.compress.apply import quantise_input
+from perjoule.compress.apply import InputGrid
 from perjoule.compress.forms import Grid, Metric
 from perjoule.compress.forms.grid import ActivationGrid, dynamic
 from perjoule.compress.sites import find
@@ -78,7 +78,7 @@ def integers(model, batches, *, static):
     stats = seen_by(model, batches) if static else {}
     for site in sites_of(model):
         grid = ActivationGrid.over(stats[site.name].low, stats[site.name].high).apply if static else dynamic
-        site.module(model).register_forward_pre_hook(quantise_input(grid))
+        site.module(model).register_forward_pre_hook(InputGrid(grid))
     return model
 
 

@@ -285,6 +285,14 @@ def test_quantised_activations_are_hooks_on_the_copy_only(activations):
     assert (result.packed["2"][0].activation is not None) == (activations == "static")
 
 
+def test_hooks_that_the_model_came_with_stay():
+    tiny = TINY["mlp"]()
+    tiny.model[2].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    result = applier_of(tiny.model, tiny.batches).apply(recipe(step(Grid(activations="dynamic"), "0", "2")))
+    assert [len(m._forward_pre_hooks) for m in (result.model[0], result.model[2])] == [1, 2]
+    assert [len(m._forward_pre_hooks) for m in (result.plain()[0], result.plain()[2])] == [0, 1]
+
+
 def test_static_activations_need_calibration():
     tiny = TINY["mlp"]()
     with pytest.raises(ConfigError, match="static activations need calibration data"):

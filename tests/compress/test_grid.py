@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perjoule.compress.fit import FITS
-from perjoule.compress.forms import Form, Grid, Metric
+from perjoule.compress.fit.second_order import abreast
+from perjoule.compress.forms import Form, Grid, Metric, Sparse
 from perjoule.compress.forms.grid import SHRINK, ActivationGrid, codes, dynamic, nibbles, packed_codes, scales
 from perjoule.testing.forms import FormConformance
 
@@ -249,6 +250,22 @@ def test_second_order_is_the_explicit_surgeon(form, columns):
         fast = FITS["second_order"](form, w_OI, metric).dense()
         slow = explicit_obs(w_OI, metric.full_II, form)
         assert torch.allclose(fast.double(), slow, atol=1e-5), f"seed {seed}"
+
+
+@pytest.mark.parametrize("weighed", [False, True])
+def test_side_by_side_every_grid_is_what_it_is_alone(weighed):
+    """Other bits, groups, ends and scales, and a form that is no grid: one sweep for those that can share it."""
+    w_OI, metric = torch.randn(5, 40, generator=torch.Generator().manual_seed(3)), correlated(40, 3)
+    if weighed:  # a weight for every element
+        d_OI = torch.rand(5, 40, generator=torch.Generator().manual_seed(4)) + 0.1
+        metric = Metric(diagonal_OI=d_OI, full_II=metric.full_II)
+    forms = [Grid(bits=b, group=g, symmetric=False, clip=True) for g in (None, 16) for b in (2, 8, 3)]
+    forms += [Sparse(density=0.5), Grid(bits=4), Grid(bits=8), Grid(bits=5, scales="float16")]
+    for form, packed in zip(forms, abreast(forms, w_OI, metric), strict=True):
+        alone = FITS["second_order"](form, w_OI, metric)
+        assert packed.nbytes == alone.nbytes
+        assert packed.tensors().keys() == alone.tensors().keys()
+        assert all(torch.equal(t, alone.tensors()[name]) for name, t in packed.tensors().items()), form.describe()
 
 
 def test_second_order_lies_between_rounding_and_brute_force():

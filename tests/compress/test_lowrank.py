@@ -5,6 +5,7 @@ import torch
 
 from perjoule.compress.fit import FITS
 from perjoule.compress.forms import Form, LowRank, Metric
+from perjoule.compress.forms.lowrank import errors
 from perjoule.core.errors import ConfigError
 from perjoule.testing.forms import FormConformance
 from perjoule.testing.saliencies import statistics
@@ -50,6 +51,21 @@ def test_the_error_is_the_sum_of_the_squared_singular_values_cut_off(which):
         a = packed.a_Or + 0.02 * torch.randn(packed.a_Or.shape, generator=generator)
         b = packed.b_rI + 0.02 * torch.randn(packed.b_rI.shape, generator=generator)
         assert float(metric.error(w_OI - a @ b)) >= expected * (1 - 1e-5)
+
+
+@pytest.mark.parametrize("which", ["full", "full and rows"])
+def test_one_decomposition_tells_the_error_of_every_rank(which):
+    w_OI = torch.randn(10, 20, generator=torch.Generator().manual_seed(0))
+    metric = metrics(10, 20)[which]
+    lost_r = errors(w_OI, metric)
+    assert lost_r.shape == (11,)
+    assert float(lost_r[0]) == pytest.approx(float(metric.error(w_OI)), rel=1e-4)
+    assert float(lost_r[10]) == 0
+    for rank in range(1, 7):
+        form = LowRank(share=(rank * 30 + 0.5) / 200)
+        assert form.rank(10, 20) == rank
+        error = float(metric.error(w_OI - FITS["second_order"](form, w_OI, metric).dense()))
+        assert error == pytest.approx(float(lost_r[rank]), rel=1e-3)
 
 
 def test_the_rank_never_exceeds_the_share():

@@ -98,3 +98,46 @@ def test_blocks_follow_the_repeated_layers():
     model["layer"].append(nn.Sequential(nn.Linear(2, 2)))
     grouped = [[s.name for s in block] for block in sites.blocks(sites.find(model)[0])]
     assert grouped == [["stem"], ["layer.0.0", "layer.0.1"], ["layer.1.0"]]
+
+
+class _Named(nn.Linear):
+    """Only built in its own way."""
+
+    def __init__(self, width):
+        super().__init__(width, width)
+
+
+class _Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class _Standardised(nn.Conv1d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class _Halved(nn.GRU):
+    def forward(self, x):
+        return super().forward(x / 2)
+
+
+class _Stacked(nn.GRU):
+    pass
+
+
+def test_a_class_of_its_own_is_a_site_only_if_it_computes_as_the_one_it_is_from():
+    model = nn.ModuleList([_Named(4), _Stacked(3, 5), _Scaled(4, 4), _Standardised(2, 2, 1), _Halved(3, 5)])
+    model.append(nn.MultiheadAttention(4, 2))
+    found, untreated = sites.find(model)
+    assert [(s.name, s.kind, s.layer) for s in found] == [("0", "linear", "_Named"), ("1", "recurrent", "GRU")]
+    kinds = ("_Scaled", "_Standardised", "_Halved", "MultiheadAttention", "NonDynamicallyQuantizableLinear")
+    assert [u.reason for u in untreated] == [f"no form knows {kind}" for kind in kinds]
+
+
+def test_matrices_lie_row_by_row_whatever_the_layout():
+    model = nn.Linear(3, 4, bias=False)
+    model.weight = nn.Parameter(torch.arange(12.0).reshape(3, 4).T)
+    (w_OI,) = sites.find(model)[0][0].matrices(model)
+    assert w_OI.is_contiguous()
+    assert torch.equal(w_OI, model.weight)

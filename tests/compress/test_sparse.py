@@ -7,7 +7,7 @@ import torch
 
 from perjoule.compress.fit import FITS
 from perjoule.compress.fit.second_order import retargeted
-from perjoule.compress.fit.surgeon import removal
+from perjoule.compress.fit.surgeon import removal, solved
 from perjoule.compress.forms import Form, Metric, Sparse
 from perjoule.testing.forms import FormConformance
 from perjoule.testing.saliencies import statistics
@@ -207,6 +207,22 @@ def test_rows_in_batches_give_the_same(monkeypatch):
     whole = FITS["second_order"](form, w_OI, metric).dense()
     monkeypatch.setattr("perjoule.compress.fit.surgeon.BATCH_BYTES", 2 * 8 * 400)
     assert torch.allclose(FITS["second_order"](form, w_OI, metric).dense(), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 2**19])
+def test_rows_that_keep_unequally_many_are_each_solved_for(monkeypatch, batch_bytes):
+    monkeypatch.setattr("perjoule.compress.fit.surgeon.SOLVED_BYTES", batch_bytes)
+    w_OI, metric = problem(9, 8)
+    kept_O = torch.tensor([3, 0, 8, 1, 7, 3, 5, 0, 2])
+    order_OI = torch.rand(9, 8, generator=torch.Generator().manual_seed(2)).argsort(1)
+    mask_OI = torch.zeros(9, 8, dtype=torch.bool).scatter_(1, order_OI, torch.arange(8) < kept_O[:, None])
+    h = metric.full_II.double() + 0.01 * metric.full_II.double().diagonal().mean() * torch.eye(8).double()
+    found = solved(w_OI, mask_OI, metric.full_II)
+    for row, w_I, stays in zip(found, w_OI.double(), mask_OI, strict=True):
+        wanted = torch.zeros(8, dtype=torch.float64)
+        wanted[stays] = torch.linalg.solve(h[stays][:, stays], h[stays] @ w_I)
+        assert torch.allclose(row.double(), wanted, atol=1e-6)
+    assert not solved(w_OI, torch.zeros_like(mask_OI), metric.full_II).any()
 
 
 def test_what_stays_can_be_fitted_to_what_changed_layers_give():

@@ -78,6 +78,11 @@ class _Two(nn.Module):
         return left
 
 
+class _Any(nn.Module):
+    def forward(self, *args, **kwargs):
+        return kwargs["x"]
+
+
 ONES = torch.ones(3, 2)
 
 DATA = [
@@ -92,6 +97,11 @@ DATA = [
     ({"calibration": [{}] * 2}, "a batch without tensors"),
     ({"calibration": [(ONES, torch.ones(4, 2))] * 2}, "axis 0 must count examples in every input, found"),
     ({"calibration": [ONES] * 2, "requests": {"1": 3}}, "request 1: 'left' is int"),
+    ({"calibration": ONES}, r"calibration is one tensor of shape \(3, 2\); give a list of batches"),
+    ({"calibration": {"left": ONES}}, "calibration is a mapping; give a list of batches"),
+    ({"calibration": [ONES] * 2, "evaluation": 7}, "evaluation is int; give a list of batches"),
+    ({"calibration": [ONES.numpy()] * 2}, "'left' is ndarray; give torch tensors"),
+    ({"model": _Any(), "calibration": [ONES] * 2}, "1 input, but forward names none; give mappings from name to"),
 ]
 
 
@@ -109,3 +119,23 @@ def test_batches_are_named_by_the_arguments():
     assert work.dynamic == {"left": (0, 1)}
     assert work.score_name == "fidelity"
     assert work.example.keys() == {"left"}
+
+
+def test_batches_may_come_once():
+    work = Workload(model=_Two(), calibration=(ONES for _ in range(2)), evaluation=iter([ONES]))
+    assert (len(work.calibration), len(work.evaluation)) == (2, 1)
+    assert Workload(model=_Any(), calibration=[{"x": ONES}] * 2).example.keys() == {"x"}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_model_is_refused_in_one_line():
+    with pytest.raises(WorkloadError, match="the model is scripted, and cannot be changed"):
+        Workload(model=torch.jit.script(nn.Linear(2, 2)), calibration=[ONES] * 2)
+
+
+def test_what_torch_puts_around_a_model_is_taken_off():
+    inner = nn.Linear(2, 2)
+    for around in (torch.compile(inner), nn.DataParallel(inner), nn.DataParallel(torch.compile(inner))):
+        work = Workload(model=around, calibration=[ONES] * 2)
+        assert work.model is inner
+        assert work.example.keys() == {"input"}

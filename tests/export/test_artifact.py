@@ -279,3 +279,69 @@ def test_a_weight_the_exporter_has_changed_is_noticed():
     weight.CopyFrom(numpy_helper.from_array(other, weight.name))
     with pytest.raises(ExportError, match="changed its weight by more than a factor per row"):
         lower(changed, compressed.sites, compressed.packed, {"0": "none"}, lower_recurrent)
+
+
+class Backwards(torch.nn.Module):
+    """What runs first stands last; both read one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.main, self.short, self.places = nn.Linear(6, 8), nn.Linear(6, 8), nn.Embedding(5, 8)
+
+    def forward(self, x):
+        y = torch.sigmoid(self.short(x))
+        return torch.tanh(self.main(x)) + y + self.places(torch.arange(x.shape[1]))
+
+
+def test_an_input_that_two_layers_share_is_quantised_before_the_first_of_them(tmp_path):
+    torch.manual_seed(0)
+    model, batch = Backwards().eval(), {"x": torch.randn(4, 5, 6)}
+    found, _ = sites.find(model)
+    step = Step(sites=("main", "short"), form=Grid(activations="dynamic").config(), saliency="identity", fit="nearest")
+    compressed = Applier(model, found, [], {}).apply(Recipe(steps=(step,)))
+    graph = lowered(compressed, batch, {})
+    assert sum(n.op_type == "DynamicQuantizeLinear" for n in graph.graph.node) == 1
+    written = write(graph, tmp_path / "model.onnx")
+    assert parity(OnnxRuntime, written.path, compressed, [batch], 1, 1e-4) < 1e-4
+
+
+def test_inputs_need_not_lie_row_by_row():
+    """A slice of a larger tensor, through what asks for its strides."""
+    model = nn.Sequential(nn.Conv1d(4, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 6, 3)).eval()
+    graph = export(model, {"input": torch.randn(5, 8, 6)[:, ::2]}, {"input": (0,)})
+    assert [n.op_type for n in graph.graph.node if n.op_type in ("Conv", "Gemm")] == ["Conv", "Gemm"]
+
+
+def test_a_table_that_is_read_at_fixed_places_is_no_longer_in_the_file():
+    from perjoule.compress.stream import gradients
+    from perjoule.search.prospect import reaching
+
+    model, batch = Backwards().eval(), {"x": torch.randn(4, 5, 6)}
+    model.unused = nn.Linear(3, 3)
+    found, _ = sites.find(model)
+    kept, others = reaching(found, gradients(model, found, [batch], 0), export(model, batch, {}))
+    assert [s.name for s in kept] == ["main", "short"]
+    assert [(u.site, u.reason.partition(":")[0], u.nbytes) for u in others] == [
+        ("places", "reads the same at every request", 160),
+        ("unused", "never reaches the model's answer; left out of the exported file", 36),
+    ]
+
+
+class Attending(torch.nn.Module):
+    """As transformers writes it: what the operator returns is transposed and viewed."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.bias = nn.Parameter(torch.zeros(4, 1, 1))
+
+    def forward(self, x, mask):
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None] + self.bias)
+        return self.out(y.transpose(1, 2).contiguous().view(len(x), -1, 32))
+
+
+def test_attention_is_exported_as_it_runs_without_gradients():
+    batch = {"x": torch.randn(4, 8, 32), "mask": torch.zeros(4, 8)}
+    graph = export(Attending().eval(), batch, {})
+    assert sum(n.op_type == "Softmax" for n in graph.graph.node) == 1

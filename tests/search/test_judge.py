@@ -8,7 +8,7 @@ from torch import nn
 from perjoule import Workload
 from perjoule.core.budget import Budget
 from perjoule.core.errors import WorkloadError
-from perjoule.search.judge import Judge, cosine, flips, neighbour_agreement
+from perjoule.search.judge import Judge, cosine, fidelity, flips, neighbour_agreement
 from perjoule.search.original import every_other
 
 
@@ -43,6 +43,30 @@ def test_cosine_by_hand():
     a, b = np.array([[1.0, 0], [3, 4], [1, 1]]), np.array([[0.0, 2], [6, 8], [-1, -1]])
     assert cosine(a, b) == pytest.approx([0, 1, -1])
     assert cosine(a.reshape(3, 1, 2), b.reshape(3, 2, 1)) == pytest.approx([0, 1, -1])  # any shape behind axis 0
+
+
+def test_one_number_an_example_is_judged_by_its_size_not_its_sign():
+    """Answers 10 times as large keep every sign: their cosine is 1."""
+    b = np.array([1.0, 2, 3, 6])  # variance 3.5
+    assert fidelity(np.add(b, [0, 1, 0, 2]), b) == pytest.approx([1, 1 - 1 / 3.5, 1, 1 - 4 / 3.5])
+    assert fidelity(10 * b, b).min() == -1
+    for shape in ((40,), (40, 1)):
+        reference = answers().reshape(40, -1)[:, 0].reshape(shape)
+        judge = Judge(workload(), reference)
+        assert judge.search_half(reference[::2]) == (1.0, 0.0)
+        near, far = judge(1.1 * reference, "all"), judge(2 * reference, "all")
+        assert 0.98 < near.relative.value < 1
+        assert far.relative.value < 0.6
+        assert near.details["fidelity (share of the variance)"] == near.quality.value
+
+
+def test_a_score_that_does_not_look_at_the_answers_is_refused():
+    reference = answers()
+    Judge(workload(lambda y: y[:, 0] + 9), reference).refuse_a_constant()
+    Judge(workload(), reference).refuse_a_constant()
+    with pytest.raises(WorkloadError, match="the score 'points' does not look at the answers") as caught:
+        Judge(workload(lambda y: 1.0), reference).refuse_a_constant()
+    assert "\n" not in str(caught.value)
 
 
 def test_the_halves_are_disjoint_and_together_all():

@@ -5,13 +5,21 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
+from torch import nn
 
+from perjoule import Workload
 from perjoule.core.errors import CannotFit
+from perjoule.search.menu import options
+from perjoule.search.original import Known
 from perjoule.search.preflight import CANDIDATE_FILES, Needs, needs, refuse_what_cannot_fit
+from perjoule.search.prospect import trials
+from perjoule.search.widths import SHARES
+from perjoule.testing.models import TINY
 
 SMALL = {
     "weight_bytes": 1e8, "statistics_bytes": 1e7, "forward_s": 0.5, "evaluation_batches": 4, "calibration_batches": 2,
-    "evaluations": 12, "repair_s": 60.0, "power_w": 20.0,
+    "trials": 3, "evaluations": 12, "repair_s": 60.0, "power_w": 20.0,
 }  # fmt: skip
 
 
@@ -24,10 +32,31 @@ def test_needs_add_up():
 
 
 @pytest.mark.parametrize(
-    "more", ["weight_bytes", "forward_s", "evaluation_batches", "calibration_batches", "evaluations", "repair_s"]
+    "more",
+    ["weight_bytes", "forward_s", "evaluation_batches", "calibration_batches", "trials", "evaluations", "repair_s"],
 )
 def test_more_takes_longer(more):
     assert needs(**{**SMALL, more: 2 * SMALL[more]}).time_s > needs(**SMALL).time_s
+
+
+def test_what_is_measured_by_running_is_counted():
+    """Two blocks of one shape; three forms of an LSTM, and six runs for its widths and one for the reference."""
+    assert needs(**{**SMALL, "trials": 13}).time_s - needs(**SMALL).time_s == pytest.approx(10 * 2 * 0.5)
+    x = torch.randn(4, 6, 5)
+    blocks = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 3))
+    assert trials(known(blocks, x)) == 2
+    cells = TINY["lstm"]()
+    found = known(cells.model, next(iter(cells.batches[0].values())))
+    (group,) = [g for g in found.groups if any("cells" in s.module for s in g.slots)]
+    (site,) = [s for s in found.sites if s.kind == "recurrent"]
+    assert group.channels == 16
+    assert trials(found) == len(options(site)) + 1 + len(SHARES)
+
+
+def known(model, x):
+    found = Known(Workload(model=model, calibration=[x, x]))
+    found.find()
+    return found
 
 
 def test_it_is_told_in_one_line():

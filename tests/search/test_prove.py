@@ -5,14 +5,23 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
-from perjoule.compress.apply import Compressed
+from perjoule import Workload
+from perjoule.compress import sites as siting
+from perjoule.compress.apply import Applier, Compressed
+from perjoule.compress.forms import Grid
 from perjoule.compress.sites import Site
 from perjoule.core.budget import Budget, Limit
 from perjoule.core.reading import Estimate
-from perjoule.core.record import Coverage, Recipe, Record, Untreated
+from perjoule.core.record import Coverage, Recipe, Record, Step, Untreated
 from perjoule.core.result import Point
-from perjoule.search.prove import coverage_of, decided, frontier, mean_ratio, precision_of
+from perjoule.export.artifact import lowered
+from perjoule.measure.forward import answers
+from perjoule.search.judge import Judge
+from perjoule.search.original import left_out
+from perjoule.search.prove import Prover, coverage_of, decided, frontier, mean_ratio, precision_of
 
 
 def near(value, spread=0.1):
@@ -190,3 +199,36 @@ def test_the_precision_is_said(forms, packed, said):
         records=[record("a", form) for form in forms],
     )  # fmt: skip
     assert precision_of(compressed) == said
+
+
+class Ranking(nn.Module):
+    """One number an example, (B,), and beside it what nobody judges."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.score, self.second = nn.Linear(6, 40), nn.Linear(40, 1), nn.Linear(40, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.inner(x))
+        return {"score": self.score(x)[:, 0], "kind": self.second(x)}
+
+
+def test_a_model_that_answers_one_number_an_example_is_proved(tmp_path):
+    torch.manual_seed(0)
+    workload = Workload(model=Ranking().eval(), calibration=torch.randn(40, 6).split(20))
+    model, batch = workload.model, dict(workload.evaluation[0])
+    sites, _ = siting.find(model)
+    step = Step(sites=("inner",), form=Grid().config(), saliency="identity", fit="nearest")
+    compressed = Applier(model, sites, [], {}).apply(Recipe(steps=(step,)))
+    judge = Judge(workload, answers(model, workload.evaluation).numpy())
+    graph = lowered(Compressed(model=model), batch, {})
+    kept = [s for s in sites if s.name != "second"]
+    prover = Prover(workload, graph, kept, judge, {"1": batch}, [batch], tmp_path)
+    written = prover.write("small", replace(compressed, sites={s.name: s for s in kept}))
+    assert prover.check(written, compressed, "onnxruntime", 1) < 0.02
+    assert prover.judge_file(written, "onnxruntime", 1).quality.value > 0.99
+    (note,) = left_out(workload)
+    assert note.startswith("the model answers with 2 tensors; the first (score) is judged, and exported files hold it")
+    assert "left out are kind and" in note
+    assert left_out(replace(workload, model=nn.Linear(6, 2), calibration=[{"input": batch["x"]}] * 2, evaluation=(),
+                            dynamic={})) == []  # fmt: skip

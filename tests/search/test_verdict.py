@@ -31,6 +31,16 @@ def test_a_saving_is_said_with_its_figures():
     )
 
 
+@pytest.mark.parametrize(("size", "words"), [(1010, "1.0 % larger"), (1000, "about as large"), (990, "about as large"),
+                                             (900, "1.1× smaller")])  # fmt: skip
+def test_a_file_that_did_not_shrink_is_said_so(size, words):
+    assert f"its file is {words}, and" in said(point(size=size))
+
+
+def test_nothing_takes_no_energy():
+    assert "takes 99.70 % less energy" in said(point(ratio=(0.003, 0.3)))
+
+
 def test_a_busy_machine_is_said():
     assert (
         said(point(), busy=True)

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from perjoule.compress import sites
-from perjoule.compress.apply import Applier, quantise_input
+from perjoule.compress.apply import Applier, InputGrid
 from perjoule.compress.forms import Codebook, Grid, Sparse
 from perjoule.compress.forms.grid import GridPacked, codes, dynamic, scales
 from perjoule.core.errors import ConfigError, NothingMatched, WorkloadError
 from perjoule.core.record import Recipe, Step
 from perjoule.search.repair import repaired
-from perjoule.testing.models import mlp
+from perjoule.testing.models import TINY, mlp
 from perjoule.train.distill import distill, distill_all
 from perjoule.train.loop import seeded
 from perjoule.train.matching import Maps, Match, evenly, watching
@@ -103,7 +103,7 @@ def test_the_callers_random_numbers_are_left_alone(tiny):
 def test_gradients_pass_quantised_activations(tiny):
     """The hook rounds what the third layer reads; what lies before it learns nevertheless, and the hook stays."""
     student, projections = damaged(tiny.model)
-    student[2].register_forward_pre_hook(quantise_input(dynamic))
+    student[2].register_forward_pre_hook(InputGrid(dynamic))
     taught = distill(student, tiny.model, tiny.batches, projections, steps=60, learning_rate=3e-3)
     assert not torch.equal(taught[0].weight, student[0].weight)
     assert distance(taught, tiny.model, tiny.batches) < distance(student, tiny.model, tiny.batches)
@@ -114,11 +114,23 @@ def test_straight_through_is_the_gradient_of_the_projected_weight(tiny):
     """One step of plain gradient descent by hand, against one step of the loop's own arithmetic."""
     w = torch.tensor([[0.3, -1.2]], requires_grad=True)
     x = torch.tensor([[2.0, 1.0]], requires_grad=True)
-    (quantised,) = quantise_input(lambda v: v.round())(nn.Identity(), (x * 0.9,))
+    (quantised,) = InputGrid(lambda v: v.round())(nn.Identity(), (x * 0.9,))
     (quantised @ w.T).sum().backward()
     assert torch.equal(quantised.detach(), torch.tensor([[2.0, 1.0]]))
     assert torch.allclose(x.grad, 0.9 * w.detach())
     assert torch.allclose(w.grad, torch.tensor([[2.0, 1.0]]))
+
+
+def test_one_number_an_example_is_an_answer():
+    """As of a ranking network, (B,)."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+    student = nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+    batches = [{"input": torch.randn(16, 3)}]
+    taught = distill(student, teacher, batches, {}, steps=60, learning_rate=0.1)
+    with torch.no_grad():
+        apart = [float((m(batches[0]["input"]) - teacher(batches[0]["input"])).norm()) for m in (student, taught)]
+    assert apart[1] < 0.1 * apart[0]
 
 
 def test_every_step_is_told_and_every_batch_is_used(tiny):
@@ -316,3 +328,21 @@ def test_a_repaired_version_is_in_its_forms_again_and_resumes_bit_for_bit(form, 
     assert same(state(again.model), state(taught.model))
     (tmp_path / "w.safetensors").unlink()
     assert same(state(repair().model), state(taught.model))
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_recurrent_weights_learn_where_they_are_numbers_and_stay_where_they_are_codes(coded, tmp_path):
+    tiny = TINY["lstm"]()
+    found, _ = sites.find(tiny.model)
+    names = [s.name for s in found if s.kind == "linear" or (coded and s.kind == "recurrent")]
+    step = Step(sites=tuple(names), form=Grid(bits=8 if coded else 3).config(), saliency="identity", fit="nearest")
+    compressed = Applier(tiny.model, found, [], {}).apply(Recipe(steps=(step,)))
+    stored = tmp_path / "w.safetensors"
+    taught = repaired(compressed, tiny.model, tiny.batches, stored, steps=80, seed=3, progress=lambda: None)
+    (cells,) = (s for s in found if s.kind == "recurrent")
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(cells.matrices(taught.model), cells.matrices(compressed.model), strict=True)
+    ]
+    assert moved == [not coded] * len(cells.parameters)
+    assert distance(taught.model, tiny.model, tiny.batches) < distance(compressed.model, tiny.model, tiny.batches)

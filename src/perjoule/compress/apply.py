@@ -70,10 +70,12 @@ class Compressed:
     recipe: Recipe = field(default_factory=Recipe)
 
     def plain(self) -> nn.Module:
-        """A copy without activation hooks, for export."""
+        """A copy without activation hooks, for export. Hooks that the model came with are part of what it computes."""
         model = copy.deepcopy(self.model)
         for module in model.modules():
-            module._forward_pre_hooks.clear()
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, InputGrid):
+                    del module._forward_pre_hooks[key]
         return model
 
 
@@ -255,7 +257,7 @@ class _Work:
         if form.activations == "none" or site.kind in ("table", "recurrent"):
             return  # recurrent layers quantise inside the runtime's fused operator; see export
         if form.activations == "dynamic":
-            self.result.hooks.append(module.register_forward_pre_hook(quantise_input(dynamic)))
+            self.result.hooks.append(module.register_forward_pre_hook(InputGrid(dynamic)))
             return
         stats = self.stats.get(site.name)
         if not isinstance(stats, Statistics):
@@ -264,7 +266,7 @@ class _Work:
         for packed in found:
             assert isinstance(packed, GridPacked)
             packed.activation = grid
-        self.result.hooks.append(module.register_forward_pre_hook(quantise_input(grid.apply)))
+        self.result.hooks.append(module.register_forward_pre_hook(InputGrid(grid.apply)))
 
     def _factorise(self, site: Site, packed: LowRankPacked, form: LowRank, step: Step) -> None:
         """One Linear becomes two: `name.0` (I -> r, no bias) and `name.1` (r -> O)."""
@@ -319,16 +321,17 @@ class _Work:
         )
 
 
-def quantise_input(grid: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+class InputGrid:
     """A forward pre-hook that puts a layer's input on `grid`."""
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def __init__(self, grid: Callable[[Tensor], Tensor]) -> None:
+        self.grid = grid
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = args[0]
         if x.requires_grad:  # straight-through: rounding passes the gradient on unchanged
-            return (x + (grid(x.detach()) - x).detach(), *args[1:])
-        return (grid(x), *args[1:])
-
-    return hook
+            return (x + (self.grid(x.detach()) - x).detach(), *args[1:])
+        return (self.grid(x), *args[1:])
 
 
 def _bias(site: Site, model: nn.Module) -> Tensor | None:

@@ -16,8 +16,6 @@ Source   Fang et al. 2023 (DepGraph), arXiv:2301.12900.
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,8 +29,8 @@ from perjoule.compress.structure import products, views  # noqa: F401 - their ru
 from perjoule.compress.structure.cut import Attribute, Role, Slot
 from perjoule.compress.structure.flow import Flow
 from perjoule.compress.structure.proof import Trial, prove
+from perjoule.compress.traceable import tensors_only, traceable, why
 from perjoule.core.errors import WorkloadError
-from perjoule.measure.forward import plain_kernels
 
 NAMED = 3
 """Members that a group's name lists on either side."""
@@ -88,16 +86,10 @@ class Refused:
 def trace(model: nn.Module, batch: Mapping[str, Any]) -> torch.export.ExportedProgram:
     """The model's graph. Raises WorkloadError with the reason if it cannot be traced."""
     try:
-        with (
-            torch.no_grad(), plain_kernels(), contextlib.redirect_stdout(None), warnings.catch_warnings()
-        ):  # fmt: skip
-            warnings.simplefilter("ignore")  # recurrent layers refresh their flat weights; torch warns of it
+        with torch.no_grad(), traceable(), tensors_only(model):
             return torch.export.export(model, args=(), kwargs=dict(batch), strict=False)
     except Exception as error:
-        first = str(error).strip().splitlines() or [type(error).__name__]
-        raise WorkloadError(
-            f"the model cannot be traced by torch.export: {first[0]}; remove control flow that depends on data"
-        ) from error
+        raise WorkloadError(f"the model cannot be traced by torch.export: {why(error)}") from error
 
 
 def find(

@@ -24,7 +24,10 @@ SiteKind = Literal["linear", "conv", "table", "recurrent"]
 
 _NORMS = ("Norm",)
 _KINDS: dict[type, SiteKind] = {nn.Linear: "linear", nn.Conv1d: "conv", nn.Conv2d: "conv", nn.Embedding: "table"}
-"""Exact types only: a subclass may compute something else with its weight."""
+"""And subclasses that compute with the weight what these do: whose forward is inherited."""
+_COMPUTES = ("__call__", "forward", "_conv_forward", "forward_impl", "weight")
+"""What a subclass must not have of its own."""
+_RECURRENT: dict[type, str] = {nn.LSTM: "LSTM", nn.GRU: "GRU"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +61,9 @@ class Site:
         return model.get_submodule(self.name)
 
     def matrices(self, model: nn.Module) -> list[Tensor]:
-        """The weights as w_OI, detached views of the parameters."""
+        """The weights as w_OI, detached, row by row in memory whatever the parameter's layout; read only."""
         module = self.module(model)
-        return [getattr(module, p).detach().flatten(1) for p in self.parameters]
+        return [getattr(module, p).detach().flatten(1).contiguous() for p in self.parameters]
 
     def write(self, model: nn.Module, matrices: list[Tensor]) -> None:
         """Put w_OI back into the parameters, in place."""
@@ -106,21 +109,31 @@ def _site(name: str, module: nn.Module) -> tuple[Site | None, str]:
     if reason:
         return None, reason
     names: tuple[str, ...] = ("weight",)
-    kind = _KINDS.get(type(module))
-    if isinstance(module, nn.LSTM | nn.GRU):
+    kind = next((kind for base, kind in _KINDS.items() if _computes_as(module, base)), None)
+    layer = next((name for base, name in _RECURRENT.items() if _computes_as(module, base)), type(module).__name__)
+    if layer in _RECURRENT.values():
         names, kind = tuple(n for n, p in module.named_parameters(recurse=False) if p.ndim == 2), "recurrent"
     if kind is None:
         norm = any(mark in type(module).__name__ for mark in _NORMS)
         known = "normalisation: a few vectors, left exact"
         return None, known if norm else f"no form knows {type(module).__name__}"
     shapes = tuple(_rows_columns(getattr(module, p)) for p in names)
-    return Site(name=name, kind=kind, layer=type(module).__name__, parameters=names, shapes=shapes), ""
+    return Site(name=name, kind=kind, layer=layer, parameters=names, shapes=shapes), ""
+
+
+def _computes_as(module: nn.Module, base: type) -> bool:
+    """Whether a module is of that class, or of the user's own that takes everything that computes from it."""
+    kind = type(module)
+    if kind is base or not isinstance(module, base) or kind.__module__.startswith("torch."):
+        return kind is base
+    return all(getattr(kind, name, None) is getattr(base, name, None) for name in _COMPUTES)
 
 
 def _unsupported(module: nn.Module) -> str:
     """Why a layer of a known kind cannot be treated; "" if it can."""
-    if any(p.dtype != torch.float32 for p in module.parameters(recurse=False)):
-        return "weights are not float32"
+    strange = [p.dtype for p in module.parameters(recurse=False) if p.dtype != torch.float32]
+    if strange:
+        return f"weights are not float32 but {str(strange[0]).removeprefix('torch.')}; call .float() on the model first"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups != 1:
         return f"grouped convolution (groups={module.groups}) is not supported yet"
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode != "zeros":

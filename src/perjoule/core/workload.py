@@ -52,11 +52,12 @@ class Workload:
     def __post_init__(self) -> None:
         if not callable(getattr(self.model, "forward", None)):
             raise WorkloadError(f"workload model is {type(self.model).__name__}; give a torch.nn.Module")
+        object.__setattr__(self, "model", _bare(self.model))
         arguments = _arguments(self.model)
-        calibration = [_named(b, arguments, "calibration") for b in self.calibration]
+        calibration = [_named(b, arguments, "calibration") for b in _batches(self.calibration, "calibration")]
         if not calibration:
             raise WorkloadError("calibration data are empty; give at least one batch of real inputs")
-        evaluation = [_named(b, arguments, "evaluation") for b in self.evaluation]
+        evaluation = [_named(b, arguments, "evaluation") for b in _batches(self.evaluation, "evaluation")]
         if not evaluation:
             if self.score is not None:
                 raise WorkloadError("a score needs evaluation data; give `evaluation` batches")
@@ -80,8 +81,35 @@ class Workload:
         return dict(self.calibration[0])
 
 
+_AROUND = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+"""What torch puts around a model, and where the model is in it."""
+
+
+def _bare(model: Any) -> Any:
+    """The model itself: compiled or spread out, it takes `*args`, and cannot be copied or traced."""
+    while type(model).__name__ in _AROUND:
+        model = getattr(model, _AROUND[type(model).__name__])
+    return model
+
+
 def _arguments(model: Any) -> list[str]:
-    return [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    """Names that inputs may have. `*args` is no name: a model with it alone gets its inputs by name."""
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    if any(kind.__name__ == "ScriptModule" for kind in type(model).__mro__):
+        raise WorkloadError("the model is scripted, and cannot be changed; give the Python module it was made from")
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in kinds]
+
+
+def _batches(given: Any, what: str) -> list[Any]:
+    """The batches. A tensor or a mapping is one batch, and going through it would give single examples, or names."""
+    if hasattr(given, "shape") or isinstance(given, Mapping):
+        kind = "a mapping" if isinstance(given, Mapping) else f"one tensor of shape {tuple(given.shape)}"
+        raise WorkloadError(f"{what} is {kind}; give a list of batches, such as x.split(32)")
+    try:
+        return list(given)
+    except TypeError as error:
+        raise WorkloadError(f"{what} is {type(given).__name__}; give a list of batches, such as x.split(32)") from error
 
 
 def _named(batch: Any, arguments: Sequence[str], what: str) -> Batch:
@@ -91,11 +119,14 @@ def _named(batch: Any, arguments: Sequence[str], what: str) -> Batch:
     else:
         given = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
         if len(given) > len(arguments):
-            raise WorkloadError(f"{what}: {len(given)} inputs, but forward takes {len(arguments)}")
+            allowed = f"takes {len(arguments)} ({', '.join(arguments)})"
+            if not arguments:
+                allowed = "names none; give mappings from name to tensor"
+            raise WorkloadError(f"{what}: {len(given)} input{'s' * (len(given) > 1)}, but forward {allowed}")
         named = dict(zip(arguments, given, strict=False))
     lengths: dict[str, int] = {}
     for name, value in named.items():
-        if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        if not hasattr(value, "shape") or not hasattr(value, "detach"):  # numpy's arrays have a shape too
             raise WorkloadError(f"{what}: '{name}' is {type(value).__name__}; give torch tensors")
         if len(value.shape) == 0 or value.shape[0] == 0:
             raise WorkloadError(f"{what}: '{name}' holds no examples (shape {tuple(value.shape)})")

@@ -8,10 +8,6 @@ file names of the machine it was made on.
 from __future__ import annotations
 
 import ast
-import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +18,10 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from perjoule.compress.traceable import traceable, why
 from perjoule.core.errors import ExportError
 from perjoule.export.passes import optimized
-from perjoule.measure.forward import first_tensor, plain_kernels
+from perjoule.measure.forward import first_tensor
 
 OPSET = 21
 ROOT = "model"
@@ -98,44 +95,33 @@ def export(model: nn.Module, batch: Mapping[str, Any], dynamic: Mapping[str, Seq
     names = list(batch)
     free = {n: {axis: torch.export.Dim.AUTO for axis in dynamic.get(n, (0,))} for n in names}
     example = tuple(_at_least_two(batch[n], dynamic.get(n, (0,))) for n in names)
-    quiet = io.StringIO()
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-            warnings.simplefilter("ignore")
-            with plain_kernels():
-                program = torch.onnx.export(
-                    _Named(model, names).eval(),
-                    example,
-                    dynamo=True,
-                    input_names=names,
-                    output_names=[OUTPUT],
-                    dynamic_shapes=(tuple(free[n] for n in names),),
-                    opset_version=OPSET,
-                    optimize=False,
-                    verbose=False,
-                )
-                assert program is not None
-                program.model = optimized(program.model, ROOT)
+        with torch.no_grad(), traceable():  # with gradients, attention is another operator, of other strides
+            program = torch.onnx.export(
+                _Named(model, names).eval(),
+                example,
+                dynamo=True,
+                input_names=names,
+                output_names=[OUTPUT],
+                dynamic_shapes=(tuple(free[n] for n in names),),
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+            )
+            assert program is not None
+            program.model = optimized(program.model, ROOT)
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        lines = [line for line in str(cause).splitlines() if line.strip()] or [type(cause).__name__]
-        raise ExportError(f"the model cannot be exported to ONNX: {lines[0]}") from error
-    finally:
-        logging.disable(before)
+        raise ExportError(f"the model cannot be exported to ONNX: {why(error)}") from error
     norms = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     return _cleaned(program.model_proto, norms)
 
 
 def _at_least_two(x: Tensor, axes: Sequence[int]) -> Tensor:
-    """A dimension of 0 or 1 in the example would be taken for fixed; repeat it."""
+    """A dimension of 0 or 1 in the example would be taken for fixed; repeat it. Strides are not part of a file."""
     for axis in axes:
         if x.shape[axis] < 2:
             x = torch.cat([x, x], dim=axis)
-    return x
+    return x.contiguous()
 
 
 def _cleaned(proto: ModelProto, norms: Collection[str]) -> Graph:

@@ -62,10 +62,28 @@ class Writer:
         nodes: list[NodeProto] = []
         for node in self.graph.graph.node:
             nodes += self.before.get(node.output[0], [node])
-        kept = [detached(n) for n in nodes]
+        kept = [detached(n) for n in _sorted(nodes)]
         del self.graph.graph.node[:]
         self.graph.graph.node.extend(kept)
         prune(self.graph.graph)
+
+
+def _sorted(nodes: Sequence[NodeProto]) -> list[NodeProto]:
+    """Makers before readers, otherwise in the order given: what several layers share is made beside the one that was
+    rewritten first, which need not be the one that runs first.
+    """
+    makers = {name: node for node in nodes for name in node.output if name}
+    done: dict[int, NodeProto] = {}
+    for first in nodes:
+        todo = [first]
+        while todo:
+            wanted = [makers[v] for v in todo[-1].input if v in makers and id(makers[v]) not in done]
+            if wanted:
+                todo += wanted
+            else:
+                node = todo.pop()
+                done.setdefault(id(node), node)
+    return list(done.values())
 
 
 def detached(node: NodeProto) -> NodeProto:

@@ -17,7 +17,7 @@ def first_tensor(output: Any) -> Tensor:
     while not isinstance(output, Tensor):
         if isinstance(output, Mapping):
             output = next(iter(output.values()), None)
-        elif isinstance(output, Sequence) and len(output):
+        elif isinstance(output, Sequence) and not isinstance(output, str) and len(output):  # "h"[0] is "h"
             output = output[0]
         else:
             raise WorkloadError(f"the model returned {type(output).__name__}; it must return a tensor first")

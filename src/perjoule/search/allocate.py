@@ -8,19 +8,20 @@
 
 A choice of a site is (form, channels in, channels out), so that forms and widths of all families are chosen jointly;
 groups that share a site (chains of convolutions) are linked through it. It is a multiple-choice knapsack with linking
-equalities, solved to optimality with HiGHS (Huangfu & Hall 2018, MPC 10:119) through scipy.
+equalities, solved to optimality with HiGHS (Huangfu & Hall 2018, MPC 10:119) through scipy; where nothing is linked and
+one ceiling of bytes is all there is, by a dynamic program (knapsack.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
+from perjoule.search.knapsack import CELLS, cells, knapsack
 from perjoule.search.menu import Option
 
 
@@ -110,6 +111,39 @@ def allocate(
     out, and the values of the others scaled to their ceiling, so that HiGHS's tolerances mean the same in bytes and in
     damages however small the ceiling; ceilings hold exactly on the returned sums.
     """
+    plain = None if links or len(limits) != 1 else _plain(menus, minimise, *limits[0])
+    if plain is None:
+        return _linked(menus, links, minimise, limits)
+    picks = knapsack(plain, math.floor(limits[0][1]))
+    if picks is None:
+        return None
+    return Allocation(choices=tuple(menu[k] for menu, k in zip(menus.values(), picks, strict=True)))
+
+
+def _plain(
+    menus: Mapping[str, Sequence[Choice]], minimise: Value, value: Value, ceiling: float
+) -> list[list[tuple[float, int]]] | None:
+    """The menus of a knapsack, if it is one and not too large."""
+    values = [[value(c) for c in menu] for menu in menus.values()]
+    whole = math.isfinite(ceiling) and all(values) and all(float(v).is_integer() for some in values for v in some)
+    if not whole or any(c.option.drop for menu in menus.values() for c in menu):
+        return None
+    found = [
+        [(minimise(c), int(v)) for c, v in zip(menu, some, strict=True)]
+        for menu, some in zip(menus.values(), values, strict=True)
+    ]
+    return found if cells(found, math.floor(ceiling)) <= CELLS else None
+
+
+def _linked(
+    menus: Mapping[str, Sequence[Choice]],
+    links: Sequence[Link],
+    minimise: Value,
+    limits: Sequence[tuple[Value, float]],
+) -> Allocation | None:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_array
+
     choices = [c for menu in menus.values() for c in menu]
     column = {name: i for i, name in enumerate(menus)}
     rows: list[tuple[int, int, float]] = [(column[c.site], k, 1.0) for k, c in enumerate(choices)]

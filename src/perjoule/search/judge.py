@@ -66,9 +66,23 @@ class Judge:
         theirs = self.reference[::2]
         return relative, float(np.square(answers - theirs).sum() / max(float(np.square(theirs).sum()), 1e-30))
 
+    def refuse_a_constant(self) -> None:
+        """A score that cannot tell the answers from others, in another order, says nothing about any version."""
+        if self.workload.score is None:
+            return
+        try:
+            other = np.asarray(self.workload.score(-np.roll(self.reference, 1, axis=0)), dtype=float).reshape(-1)
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):  # it looked
+            return
+        if np.array_equal(other, self.original):
+            raise WorkloadError(
+                f"the score '{self.workload.score_name}' does not look at the answers: it gives the same when they are"
+                " negated and in another order; give one that compares them with what is right"
+            )
+
     def _scores(self, answers: Array) -> Array:
         if self.workload.score is None:
-            return cosine(answers, self.reference)
+            return fidelity(answers, self.reference)
         try:
             scores = np.asarray(self.workload.score(answers), dtype=float).reshape(-1)
         except Exception as error:
@@ -95,7 +109,7 @@ class Judge:
             scores, found = self._scores(answers), answers[chosen]
             mine = scores if len(scores) == 1 else scores[chosen]
         else:
-            found, mine = answers, cosine(answers, theirs)
+            found, mine = answers, fidelity(answers, theirs)
         base = self.original if len(self.original) == 1 else self.original[chosen]
         source = f"{self.workload.score_name} over {len(theirs)} examples"
         draws = np.random.default_rng(0).integers(0, len(mine), (DRAWS, len(mine)))
@@ -107,7 +121,8 @@ class Judge:
         )
 
     def _details(self, mine: Array, theirs: Array) -> dict[str, float]:
-        details = {"fidelity (mean cosine)": float(cosine(mine, theirs).mean())}
+        named = "share of the variance" if theirs[0].size == 1 else "mean cosine"
+        details = {f"fidelity ({named})": float(fidelity(mine, theirs).mean())}
         if mine.ndim != 2:
             return details
         if self.workload.score is not None:
@@ -122,6 +137,19 @@ class Judge:
 def _estimate(value: float, draws: Array, source: str) -> Estimate:
     low, high = (float(q) for q in np.quantile(draws, (0.05, 0.95)))
     return Estimate(value=value, low=min(low, value), high=max(high, value), how="measured", source=source, level=0.9)
+
+
+def fidelity(a: Array, b: Array) -> Array:
+    """How near answers `a` are to `b`, example by example, at most 1: their cosine.
+
+    One number an example has no direction but its sign: there it is 1 - (a - b)^2 / Var(b), whose mean is R^2, and at
+    least -1.
+    """
+    if b[0].size > 1:
+        return cosine(a, b)
+    x, y = a.reshape(-1).astype(float), b.reshape(-1).astype(float)
+    result: Array = np.maximum(1 - np.square(x - y) / max(float(y.var()), 1e-30), -1.0)
+    return result
 
 
 def cosine(a: Array, b: Array) -> Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from perjoule.compress import cells, stream
 from perjoule.compress import groups as grouping
 from perjoule.compress import sites as siting
 from perjoule.compress.apply import Compressed
+from perjoule.compress.opened import copied, opened
 from perjoule.core.atomic import replacing
 from perjoule.core.budget import Budget
 from perjoule.core.errors import WorkloadError
@@ -24,20 +24,29 @@ from perjoule.core.progress import stage
 from perjoule.core.workload import Workload
 from perjoule.count.counter import count
 from perjoule.export.artifact import lowered, write
-from perjoule.measure.forward import answers
+from perjoule.measure.forward import answers, plain_kernels
 from perjoule.search.judge import Judge
 from perjoule.search.prove import Prover
 from perjoule.search.session import Session
 from perjoule.search.settings import Settings
 
+CHANCE = 1e-4
+"""Share of the largest answer by which two runs may differ: threads add in another order."""
+
 
 class Known:
-    """The original as every process of a search knows it: its answers, sites, channel groups and statistics."""
+    """The original as every process of a search knows it: its answers, sites, channel groups and statistics.
+
+    `workload.model` is the model as it was given, which is what is measured; `model` computes the same with its weights
+    where forms can reach them (compress/opened.py), and is what is compressed.
+    """
 
     def __init__(self, workload: Workload) -> None:
-        refuse_nan(workload.model)
-        self.workload = replace(workload, model=copy.deepcopy(workload.model).eval())
-        self.model: nn.Module = self.workload.model
+        refuse_weights(workload.model)
+        self.workload = replace(workload, model=copied(workload.model))
+        ready = opened(self.workload.model, workload.example)
+        self.model: nn.Module = ready.model
+        self.notes = list(ready.notes)
         self.judge: Judge
 
     def find(self) -> None:
@@ -78,9 +87,13 @@ class Original(Known):
         self.requests = requests_of(self.workload)
         with stage(session.progress, "original: answers, trace, export", 3) as step:
             start = time.perf_counter()
-            self.reference = session.again("reference", lambda: answers(self.model, self.workload.evaluation).numpy())
+            given = self.workload
+            self.reference = session.again("reference", lambda: answers(given.model, given.evaluation).numpy())
             self.forward_s = (time.perf_counter() - start) / len(self.workload.evaluation)
+            refuse_chance(given)
+            self.notes += left_out(given)
             self.judge = Judge(self.workload, self.reference, budget)
+            self.judge.refuse_a_constant()
             session.crew.meet(self.model, self.reference)
             step()
             self.find()
@@ -89,9 +102,9 @@ class Original(Known):
             self.as_is = write(graph, folder / "versions" / "as-is.onnx")
             stored = folder / "work" / "original.safetensors"
             with replacing(stored) as beside:
-                save_file(unshared(self.model), beside)
+                save_file(unshared(self.workload.model), beside)
             self.size_bytes = stored.stat().st_size
-            self.payload_bytes = sum(t.numel() * t.element_size() for t in unshared(self.model).values())
+            self.payload_bytes = sum(t.numel() * t.element_size() for t in unshared(self.workload.model).values())
             self.ledger = count(self.workload, batch=next(iter(self.requests.values())))
             self.prover = Prover(
                 self.workload, graph, self.sites, self.judge, self.requests, self._verdict_batches(), folder
@@ -116,6 +129,36 @@ def every_other(batches: Sequence[Mapping[str, Any]], first: int) -> list[Mappin
     return halves
 
 
+def refuse_chance(workload: Workload) -> None:
+    """Raise WorkloadError for a model that answers the same batch differently the second time."""
+    first, second = (answers(workload.model, [workload.example]) for _ in range(2))
+    off = float((first - second).abs().max())
+    if off > CHANCE * max(float(first.abs().max()), 1e-30):
+        raise WorkloadError(
+            f"the model answers the same batch differently the second time (by {off:.2g}): it draws random numbers, or"
+            " keeps something from call to call; let it answer alike in eval mode"
+        )
+
+
+def left_out(workload: Workload) -> list[str]:
+    """A note where the model answers with more than the tensor that is judged, and that alone is exported."""
+    with torch.inference_mode(), plain_kernels():
+        output = workload.model(**workload.example)
+    named = output.items() if isinstance(output, Mapping) else enumerate(output) if _several(output) else ()
+    first, *others = [str(name) for name, value in named if isinstance(value, Tensor)] or [""]
+    if not others:
+        return []
+    return [
+        f"the model answers with {1 + len(others)} tensors; the first ({first}) is judged, and exported files hold it"
+        f" alone: left out are {', '.join(others)} and the layers that make only them; to keep them, let the model"
+        " answer with one tensor that holds all"
+    ]
+
+
+def _several(output: Any) -> bool:
+    return isinstance(output, Sequence) and not isinstance(output, Tensor | str)
+
+
 def requests_of(workload: Workload) -> dict[str, Mapping[str, Any]]:
     """The workload's kinds of request; by default one example, and 32."""
     if workload.requests:
@@ -127,8 +170,17 @@ def requests_of(workload: Workload) -> dict[str, Mapping[str, Any]]:
     return {"1": {k: v[:1] for k, v in batch.items()}, "32": many}
 
 
-def refuse_nan(model: nn.Module) -> None:
-    """Raise WorkloadError naming the first weight that is not a number."""
+def refuse_weights(model: nn.Module) -> None:
+    """Raise WorkloadError naming the first weight that is not a number, or the type where none is float32."""
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise WorkloadError(f"weight '{name}' has no shape yet; run the model once on real inputs first")
+        if parameter.is_meta:
+            raise WorkloadError(f"weight '{name}' is on the meta device, without values; load the weights first")
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if kinds and torch.float32 not in kinds:
+        found = str(min(kinds, key=str)).removeprefix("torch.")
+        raise WorkloadError(f"the model's weights are {found}; give model.float(), and inputs of float32")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         broken = tensor.is_floating_point() and not torch.isfinite(tensor).all()
         # masks kept as buffers legitimately hold -inf; weights never do

@@ -39,6 +39,7 @@ def needs(
     forward_s: float,
     evaluation_batches: int,
     calibration_batches: int,
+    trials: int,
     evaluations: int,
     repair_s: float,
     power_w: float,
@@ -46,8 +47,10 @@ def needs(
     """From one timed forward pass over a calibration batch and the sizes of things.
 
     A candidate is a copy of the model; fits and distillation hold two more. A backward pass takes twice a forward.
+    `trials` are changes whose damage is measured by running the network over the calibration batches: blocks that are
+    left out, forms and widths of recurrent layers.
     """
-    passes = evaluation_batches * (evaluations + 3) + 4 * calibration_batches
+    passes = evaluation_batches * (evaluations + 3) + (4 + trials) * calibration_batches
     per_weight_s = 5e-9 * weight_bytes * (evaluations + CANDIDATE_FILES)  # fits and exports are linear in the weights
     time_s = FIXED_S + passes * forward_s + per_weight_s + repair_s + 45.0
     return Needs(

@@ -16,20 +16,22 @@ import numpy as np
 from perjoule.compress import stream
 from perjoule.compress.apply import Applier, Compressed
 from perjoule.compress.sites import Site
-from perjoule.compress.structure.depth import Drop
+from perjoule.compress.structure.depth import Drop, candidates
 from perjoule.core.budget import Budget
 from perjoule.core.codec import from_json, to_json
 from perjoule.core.errors import ExportError, WorkloadError
 from perjoule.core.progress import stage
 from perjoule.core.record import Untreated
+from perjoule.export.graph import Graph
 from perjoule.export.runtimes import Runtime
 from perjoule.measure.paired import Window
 from perjoule.search import blocks, cost, plan, preflight, prove, sensitivity
 from perjoule.search.menu import KEEP, options
 from perjoule.search.original import Original
-from perjoule.search.recipe import vectors_beside
+from perjoule.search.recipe import vectors_beside, weight_tensors
 from perjoule.search.session import Session
 from perjoule.search.settings import Settings
+from perjoule.search.widths import SHARES
 
 
 class Prospect:
@@ -52,7 +54,7 @@ class Prospect:
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.model, self.workload, self.requests = original.model, original.workload, original.requests
         self.untreated = list(original.untreated)
-        self.notes: list[str] = _uncut(original)
+        self.notes: list[str] = [*original.notes, *_uncut(original)]
         self.plans: dict[str, plan.Plan] = {}
         self.threads: dict[str, int] = {}
         self._preflight()
@@ -68,6 +70,7 @@ class Prospect:
             forward_s=self.original.forward_s,
             evaluation_batches=len(self.workload.evaluation),
             calibration_batches=len(self.original.calibration(self.settings)),
+            trials=trials(self.original),
             evaluations=self.evaluations,
             repair_s=2 * self.settings.repair_s,
             power_w=self.session.meter.reading.power_w,
@@ -77,24 +80,17 @@ class Prospect:
         preflight.refuse_what_cannot_fit(wanted, self.folder)
 
     def _calibrate(self) -> None:
-        _refuse_nothing(self.original.sites)
+        _refuse_nothing(self.original.sites, self.untreated)
         batches = self.original.calibration(self.settings)
         self.progress.begin("calibration: what every layer sees", 1)
         self.sensed, self.stats = self.session.again("calibrate", lambda: self.original.statistics(batches, self.seed))
         self.progress.step()
         if not math.isfinite(self.sensed.output_square):
             raise WorkloadError("the model answers NaN or infinity to the calibration data; check them")
-        reached = []
-        for site in self.original.sites:
-            if site.kind == "recurrent" or self.sensed.g_O.get(site.name) is not None:
-                reached.append(site)
-            else:
-                reason = "never reaches the model's answer; left out of the exported file"
-                self.untreated.append(
-                    Untreated(site=site.name, kind=site.layer, reason=reason, nbytes=4 * site.weights)
-                )
+        reached, left_out = reaching(self.original.sites, self.sensed, self.original.prover.original)
+        self.untreated += left_out
         self.sites = reached
-        _refuse_nothing(self.sites)
+        _refuse_nothing(self.sites, self.untreated)
         names = {s.name for s in reached}
         known = [g for g in self.original.groups if {*g.producers, *g.consumers} <= names]
         self.groups, left = plan.priced(known, self.sites)
@@ -225,9 +221,37 @@ class Prospect:
         return reasons
 
 
-def _refuse_nothing(sites: Sequence[Site]) -> None:
+def trials(original: Original) -> int:
+    """Changes of which only a run tells what they do (sensitivity.py), each with the original's own run before it."""
+    cells = {s.name for s in original.sites if s.kind == "recurrent"}
+    grouped = sum(bool(cells & {slot.module for slot in g.slots}) for g in original.groups)
+    forms = sum(len(options(s)) for s in original.sites if s.kind == "recurrent")
+    return len(candidates(original.model, original.workload.example)) + grouped * (1 + len(SHARES)) + forms
+
+
+def reaching(sites: Sequence[Site], sensed: stream.Sensed, graph: Graph) -> tuple[list[Site], list[Untreated]]:
+    """The sites whose weights are in the exported file, and the others with the reason."""
+    found, others = [], []
+    for site in sites:
+        if site.kind != "recurrent" and sensed.g_O.get(site.name) is None:
+            reason = "never reaches the model's answer; left out of the exported file"
+        elif not weight_tensors(graph, site):
+            reason = "reads the same at every request: the exported file holds its answer instead"
+        else:
+            found.append(site)
+            continue
+        others.append(Untreated(site=site.name, kind=site.layer, reason=reason, nbytes=4 * site.weights))
+    return found, others
+
+
+def _refuse_nothing(sites: Sequence[Site], untreated: Sequence[Untreated]) -> None:
     if not sites:
-        raise WorkloadError("nothing in this model can be compressed; `perjoule count` lists its layers")
+        reasons = Counter(u.reason for u in untreated if u.nbytes)
+        said = [f"{n} layer{'s' if n > 1 else ''}: {why}" for why, n in reasons.most_common(3)]
+        raise WorkloadError(
+            f"nothing in this model can be compressed ({'; '.join(said) or 'it has no weights'});"
+            " `perjoule count` lists its layers"
+        )
 
 
 def _uncut(original: Original) -> list[str]:

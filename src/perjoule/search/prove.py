@@ -124,10 +124,9 @@ class Prover:
         """Parity of file and model in one runtime; raises ParityError or ExportError."""
         batch = self.workload.evaluation[0]
         with plain_kernels(), torch.inference_mode():
-            mine = answer(compressed.model, batch)
-            theirs = answer(self.workload.model, batch)
-        norm = theirs.flatten(1).norm(dim=1).clamp_min(1e-12)
-        error = float(((mine - theirs).flatten(1).norm(dim=1) / norm).quantile(QUANTILE))
+            mine, theirs = (answer(m, batch) for m in (compressed.model, self.workload.model))
+        size, off = (t.reshape(len(theirs), -1).norm(dim=1) for t in (theirs, mine - theirs))
+        error = float((off / size.clamp_min(1e-12)).quantile(QUANTILE))
         return parity(
             runtime(runtime_name), written.path, compressed, [batch], threads, tolerance=max(LOOSEST, NOISE * error)
         )

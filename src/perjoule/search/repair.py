@@ -31,7 +31,7 @@ def repaired(
     seed: int,
     progress: Callable[[], None],
 ) -> Compressed:
-    """`compressed` after `steps` of label-free distillation; embeddings and recurrent weights stay.
+    """`compressed` after `steps` of label-free distillation; embeddings and codes of recurrent layers stay.
 
     The learned weights are kept in `stored` (safetensors) and read from there if it exists: a resumed run goes on
     with the very same weights.
@@ -40,7 +40,8 @@ def repaired(
     frozen = []
     for name, site in compressed.sites.items():
         known = compressed.packed.get(name, [])
-        if site.kind in ("table", "recurrent") or not all(isinstance(p, LEARNS) for p in known):
+        coded = site.kind == "recurrent" and known  # several matrices in one fused operator
+        if site.kind == "table" or coded or not all(isinstance(p, LEARNS) for p in known):
             frozen += [f"{name}.{p}" for p in site.parameters]
         elif known:
             projections[f"{name}.{site.parameters[0]}"] = _projection(known[0])

@@ -25,11 +25,11 @@ def verdict_of(result: Result, points: Sequence[Point], *, busy: bool) -> str:
     speeds = [_faster(best.speedup[first], first)]
     if last != first:
         speeds.append(_faster(best.speedup[last], last))
-    smaller = result.original.size_bytes / best.size_bytes
     energy = _energy(best.energy_ratio[first], first)
+    smaller = _smaller(result.original.size_bytes, best.size_bytes)
     return (
         f"{result.workload} in {best.runtime} {energy}, answers {' and '.join(speeds)}, its file is"
-        f" {units.times(smaller)} smaller, and it keeps {units.percent(best.quality_relative.value)} of its"
+        f" {smaller}, and it keeps {units.percent(best.quality_relative.value)} of its"
         f" {result.quality_name}{_unsure(best.quality_relative, result.budget)}.{BUSY if busy else ''}"
     )
 
@@ -39,6 +39,12 @@ def _unsure(relative: Estimate, budget: Budget) -> str:
         return ""
     low, high = units.percent(relative.low), units.percent(relative.high)
     return f" ({relative.level:.0%} interval {low} to {high}: that it keeps {units.percent(budget.keep)} is not sure)"
+
+
+def _smaller(before: int, after: int) -> str:
+    if after > before:
+        return f"{units.percent(after / before - 1)} larger"
+    return f"{units.times(before / after)} smaller" if before >= 1.05 * after else "about as large"
 
 
 def _faster(speedup: Estimate, request: str) -> str:
@@ -52,7 +58,9 @@ def _energy(ratio: Estimate, request: str) -> str:
     if ratio.low <= 1 <= ratio.high:
         return f"takes no distinguishably different energy at request {request}"
     change = "less" if ratio.value < 1 else "more"
-    return f"takes {abs(100 * (1 - ratio.value)):.0f} % {change} energy per request {request} ({ratio.how})"
+    share = abs(1 - ratio.value)
+    digits = 2 if 0.995 <= share < 1 else 0  # something is always taken
+    return f"takes {units.percent(share, digits)} {change} energy per request {request} ({ratio.how})"
 
 
 def references_of(best: Point | None) -> tuple[str, ...]:

@@ -93,8 +93,8 @@ def distill(
     def loss(step: int) -> Tensor:
         at = int(order[step])
         told, states = known.of(at)
-        wanted = told.flatten(1)
-        found = answer(student, batches[at]).flatten(1)
+        wanted = told.reshape(len(told), -1)
+        found = answer(student, batches[at]).reshape(wanted.shape)
         if progress:
             progress()
         total = ((found - wanted).square().sum(1) / wanted.square().sum(1).clamp_min(1e-12)).mean()

@@ -148,6 +148,48 @@ def encoder():
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
 
+class Upscaling(nn.Module):
+    """Four channels become one of twice the size, and back; positions are interpolated between."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 20, 3, padding=1), nn.Conv2d(5, 3, 1)
+        self.d = nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        x = F.pixel_shuffle(F.relu(self.b(torch.tanh(self.a(x)))), 2)
+        return self.d(F.pixel_unshuffle(F.interpolate(self.c(x), scale_factor=2, mode="nearest"), 2))
+
+
+class Grouped(nn.Module):
+    """Grouped queries as people write them: both numbers of heads are held as integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.few, self.width = 4, 2, 8
+        self.q, self.k, self.v, self.o = nn.Linear(16, 32), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(32, 16)
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        q = self.q(x).view(batch, length, self.heads, self.width).transpose(1, 2)
+        k, v = (p(x).view(batch, length, self.few, self.width).transpose(1, 2) for p in (self.k, self.v))
+        k, v = (t.repeat_interleave(self.heads // self.few, 1) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).reshape(batch, length, self.heads * self.width))
+
+
+class Fresh(nn.Module):
+    """Looks at a tensor for its type only."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return self.b(x) + x.new_ones(len(x), 3)
+
+
 def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -201,6 +243,9 @@ FAMILIES: dict[str, tuple[Callable, Callable, list[Found]]] = {
     "deep gru": (lambda: Cells(nn.GRU, 2, False), lambda: image(4, 5), [(6, 1, 1, 1), (8, 1, 2, 2)]),
     "last state": (lambda: Last(nn.LSTM, 2, False), lambda: image(4, 5), [(6, 1, 1, 1), (8, 1, 2, 2)]),
     "encoder": (encoder, lambda: {"src": torch.randn(2, 5, 16)}, [(4, 1, 1, 1), (32, 1, 1, 1)] * 2),
+    "pixel shuffle": (Upscaling, lambda: image(2, 4, 4), [(6, 1, 1, 1), (5, 1, 1, 1), (3, 1, 1, 1)]),
+    "grouped queries": (Grouped, lambda: image(5, 16), [(2, 3, 1, 1)]),
+    "a fresh tensor": (Fresh, lambda: image(5), [(12, 1, 1, 1)]),
     "llama": (llama, words, [(2, 3, 1, 1), (48, 2, 1, 1)] * 2),
     "bert": (bert, lambda: {**words(), "attention_mask": torch.ones(2, 7).long()}, [(4, 3, 1, 1), (48, 1, 1, 1)] * 2),
     "gpt2": (gpt2, words, [(4, 1, 1, 1), (128, 1, 1, 1)]),

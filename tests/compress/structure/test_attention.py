@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from perjoule.compress.structure.attention import Heads, exchanged
+from perjoule.compress.structure.attention import Heads, Projections, exchanged
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -33,6 +33,23 @@ def test_it_answers_like_torchs_own(batch_first, bias, weights, mask):
     assert (found[1] is None) == (wanted[1] is None)
     if wanted[1] is not None:
         assert torch.allclose(found[1], wanted[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("to_itself", [True, False])
+@pytest.mark.parametrize("called", ["itself", "another"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_projections_answer_like_torchs_own_however_they_are_called(to_itself, called, bias):
+    """One product for all three was the choice of a trace; a later call may be another one."""
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(12, 3, batch_first=True, bias=bias).eval()
+    ours = Projections(theirs, to_itself=to_itself)
+    q, k = torch.randn(2, 5, 12), torch.randn(2, 4, 12)
+    given = (q, q, q) if called == "itself" else (q, k, k)
+    with torch.no_grad():
+        assert torch.allclose(ours(*given)[0], theirs(*given)[0], atol=1e-6)
+    linears = [m for m in ours.modules() if type(m) is nn.Linear]
+    assert len(linears) == (2 if to_itself else 4)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
 
 
 def test_one_example_without_a_batch_axis():

@@ -15,10 +15,12 @@ Shapes   O outputs, I inputs.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor
 
-from perjoule.compress.forms.base import DAMPING, Form, Metric, Packed, finite
+from perjoule.compress.forms.base import DAMPING, Columns, Form, Metric, Packed, finite
 from perjoule.core.errors import ConfigError
 
 BLOCK = 128
@@ -31,25 +33,55 @@ def second_order(form: Form, w_OI: Tensor, metric: Metric) -> Packed:
 
     Raises ConfigError if the metric has no second-order part.
     """
-    finite(w_OI, form.describe())
-    if metric.full_II is None:
-        raise ConfigError("the second-order fit needs a second-order saliency; use saliency 'second_order'")
+    h_II = _checked(form, w_OI, metric)
     closed = form.compensated(w_OI, metric)
     if closed is not None:
         return closed
-    u_II = inverse_factor(metric.full_II)
+    u_II = inverse_factor(h_II)
     projector = form.columns(w_OI, metric)
-    w = w_OI.clone()
+    _sweep(projector, w_OI.detach().clone(), u_II)
+    return projector.packed()
+
+
+def abreast(forms: Sequence[Form], w_OI: Tensor, metric: Metric) -> list[Packed]:
+    """The same of several forms, in their order: those that can be swept side by side share the factor and a sweep.
+
+    Their copies of `w_OI` are in memory together.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for number, form in enumerate(forms):
+        groups.setdefault(number if form.abreast is None else (type(form), form.abreast), []).append(number)
+    found: dict[int, Packed] = {}
+    u_II: Tensor | None = None
+    for numbers in groups.values():
+        some = [forms[n] for n in numbers]
+        if len(some) == 1:
+            found[numbers[0]] = second_order(some[0], w_OI, metric)
+            continue
+        u_II = inverse_factor(_checked(some[0], w_OI, metric)) if u_II is None else u_II
+        projector = some[0].columns_of(some, w_OI, metric)
+        _sweep(projector, w_OI.detach().repeat(len(some), 1), u_II)
+        found.update(zip(numbers, projector.each(), strict=True))
+    return [found[number] for number in range(len(forms))]
+
+
+def _checked(form: Form, w_OI: Tensor, metric: Metric) -> Tensor:
+    finite(w_OI, form.describe())
+    if metric.full_II is None:
+        raise ConfigError("the second-order fit needs a second-order saliency; use saliency 'second_order'")
+    return metric.full_II
+
+
+def _sweep(projector: Columns, w: Tensor, u_II: Tensor) -> None:
+    """Every column through the projector; `w` is overwritten."""
     for start in range(0, w.shape[1], BLOCK):
         stop = min(start + BLOCK, w.shape[1])
         projector.begin(start, stop, w, u_II)
-        e_OB = torch.zeros(w.shape[0], stop - start)
+        e_OB = torch.empty(w.shape[0], stop - start)
         for j in range(start, stop):
-            e_O = (w[:, j] - projector.project(j, w[:, j])) / u_II[j, j]
-            w[:, j + 1 : stop] -= e_O[:, None] * u_II[j, j + 1 : stop]
-            e_OB[:, j - start] = e_O
+            e_O = torch.div(w[:, j] - projector.project(j, w[:, j]), u_II[j, j], out=e_OB[:, j - start])
+            w[:, j + 1 : stop].addcmul_(e_O[:, None], u_II[j, j + 1 : stop], value=-1)
         w[:, stop:] -= e_OB @ u_II[start:stop, stop:]
-    return projector.packed()
 
 
 def inverse_factor(h_II: Tensor) -> Tensor:
@@ -90,7 +122,13 @@ def retargeted(w_OI: Tensor, h_II: Tensor, drift_II: Tensor, *, share: float = 0
     follows the noise of little calibration text; `share` of the way generalises better. Any form and fit take the
     result in place of W. GPTAQ's asymmetric calibration, Li et al. 2025, arXiv:2504.02692, in front of the sweep.
     """
+    l_II = torch.linalg.cholesky(damped(h_II, damping))
+    change_OI = torch.cholesky_solve((w_OI.double() @ drift_II.double()).T, l_II).T
+    return w_OI + share * change_OI.float()
+
+
+def damped(h_II: Tensor, share: float = DAMPING) -> Tensor:
+    """H with `share` of its mean diagonal added, float64."""
     h = h_II.double()
-    damp = damping * h.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    change_II: Tensor = torch.linalg.solve(h + damp * torch.eye(len(h), dtype=h.dtype), drift_II.double().T).T
-    return w_OI + share * (w_OI @ change_II.float())
+    mean = h.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return h + share * mean * torch.eye(len(h), dtype=h.dtype)

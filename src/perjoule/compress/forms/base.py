@@ -10,7 +10,7 @@ Adding a form: one file here, one import line in __init__, one test file that su
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -77,6 +77,10 @@ class Columns(abc.ABC):
     def packed(self) -> Packed:
         """What the projected columns are together."""
 
+    def each(self) -> Sequence[Packed]:
+        """What they are of each form, where several are swept side by side."""
+        return [self.packed()]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Form(abc.ABC):
@@ -96,6 +100,15 @@ class Form(abc.ABC):
     def columns(self, w_OI: Tensor, metric: Metric) -> Columns:
         """The column projector for the second-order fit; forms with a closed solution override `compensated`."""
         raise ConfigError(f"{type(self).__name__} has no second-order fit; use the nearest fit")
+
+    @property
+    def abreast(self) -> Hashable:
+        """Forms with the same value here, not None, can be swept side by side: `columns_of` takes them."""
+        return None
+
+    def columns_of(self, forms: Sequence[Any], w_OI: Tensor, metric: Metric) -> Columns:
+        """The projector of several forms: of `w_OI` repeated, the rows of each form below those of the one before."""
+        raise ConfigError(f"{type(self).__name__} is fitted by itself")
 
     def compensated(self, w_OI: Tensor, metric: Metric) -> Packed | None:
         """The closed second-order solution, where one exists; None sends the fit through `columns`."""

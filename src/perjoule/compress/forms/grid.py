@@ -22,8 +22,9 @@ Left out scales that are themselves quantised; non-uniform grids (codebook.py).
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -38,6 +39,11 @@ SHRINK = torch.linspace(1.0, 0.35, 32)
 """Clip factors that are tried, the widest first."""
 PORTION = 1 << 20
 """Weights whose scales are looked for at once: what a search holds stays small, and near."""
+NEAR = 1 << 17
+"""Weights that several clip factors are tried on at once, where a matrix has fewer."""
+
+Half = int | Tensor
+"""Half the number of codes: 2^(bits - 1); of every row by itself as half_O1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,24 +170,33 @@ def codes(w_OI: Tensor, s_OG: Tensor, *, bits: int, z_OG: Tensor | None = None, 
 
 def limits(bits: int, *, symmetric: bool) -> tuple[int, int]:
     """The smallest and the largest code."""
-    half = 1 << (bits - 1)
+    return limits_of(1 << (bits - 1), symmetric=symmetric)
+
+
+def limits_of(half: Half, *, symmetric: bool) -> tuple[Any, Any]:
+    """The same of a grid with 2 half codes, as numbers or by row."""
     return (1 - half if symmetric else -half), half - 1
 
 
-def fitted(w_OI: Tensor, d_OI: Tensor | None, form: Grid) -> tuple[Tensor, Tensor | None]:
-    """(s_OG, z_OG) of the grid for these weights; `d_OI` weighs the errors, broadcastable to (O, I)."""
+def fitted(w_OI: Tensor, d_OI: Tensor | None, form: Grid, half: Half | None = None) -> tuple[Tensor, Tensor | None]:
+    """(s_OG, z_OG) of the grid for these weights; `d_OI` weighs the errors, broadcastable to (O, I).
+
+    `half` are half the codes of each row's grid, where rows have bits of their own.
+    """
+    half = (1 << (form.bits - 1)) if half is None else half
     portion = max(1, PORTION // max(1, w_OI.shape[1]))
     if len(w_OI) <= portion:
-        return _fitted(w_OI, d_OI, form)
+        return _fitted(w_OI, d_OI, form, half)
     each = d_OI is not None and len(d_OI) == len(w_OI)
     parts = []
     for rows in (slice(start, start + portion) for start in range(0, len(w_OI), portion)):
-        parts.append(_fitted(w_OI[rows], d_OI[rows] if each and d_OI is not None else d_OI, form))
+        d = d_OI[rows] if each and d_OI is not None else d_OI
+        parts.append(_fitted(w_OI[rows], d, form, half if isinstance(half, int) else half[rows]))
     zeros = [z_OG for _, z_OG in parts if z_OG is not None]
     return torch.cat([s_OG for s_OG, _ in parts]), torch.cat(zeros) if zeros else None
 
 
-def _fitted(w_OI: Tensor, d_OI: Tensor | None, form: Grid) -> tuple[Tensor, Tensor | None]:
+def _fitted(w_OI: Tensor, d_OI: Tensor | None, form: Grid, half: Half) -> tuple[Tensor, Tensor | None]:
     rows, columns = w_OI.shape
     width = form.group or columns
     pad = -columns % width
@@ -189,39 +204,34 @@ def _fitted(w_OI: Tensor, d_OI: Tensor | None, form: Grid) -> tuple[Tensor, Tens
     w_OGg = torch.nn.functional.pad(w_OI, (0, pad)).reshape(rows, -1, width)
     low_OG, high_OG = w_OGg.amin(-1).clamp_max(0), w_OGg.amax(-1).clamp_min(0)
     if not form.clip:
-        return _grid(low_OG, high_OG, form)
+        return _grid(low_OG, high_OG, form, half)
     ones = torch.ones(1, columns) if d_OI is None else d_OI
     d_XGg = torch.nn.functional.pad(ones, (0, pad)).reshape(ones.shape[0], -1, width)
-    low, high = limits(form.bits, symmetric=form.symmetric)
-    best_OG: Tensor | None = None
-    s_best: Tensor | None = None
-    z_best: Tensor | None = None
-    for c in SHRINK:
-        s_OG, z_OG = _grid(low_OG * c, high_OG * c, form)
-        s, z = s_OG.float()[..., None], 0.0 if z_OG is None else z_OG.float()[..., None]
-        error_OG = ((((w_OGg / s).round() + z).clamp(low, high) - z).mul_(s).sub_(w_OGg).square_() * d_XGg).sum(-1)
-        if best_OG is None:
-            best_OG, s_best, z_best = error_OG, s_OG, z_OG
-            continue
-        better = error_OG < best_OG
-        best_OG = torch.where(better, error_OG, best_OG)
-        assert s_best is not None
-        s_best = torch.where(better, s_OG, s_best)
-        z_best = None if z_OG is None or z_best is None else torch.where(better, z_OG, z_best)
-    assert s_best is not None
-    return s_best, z_best
+    ends_O11 = limits_of(half if isinstance(half, int) else half[:, :, None], symmetric=form.symmetric)
+    errors, scales_, zeros = [], [], []
+    for c_C11 in SHRINK.to(w_OI.device)[:, None, None].split(max(1, NEAR // max(1, w_OGg.numel()))):
+        s_COG, z_COG = _grid(low_OG * c_C11, high_OG * c_C11, form, half)
+        s, z = s_COG.float()[..., None], 0.0 if z_COG is None else z_COG.float()[..., None]
+        v_COGg = (w_OGg / s).round_().add_(z).clamp_(*ends_O11).sub_(z).mul_(s)
+        errors.append(v_COGg.sub_(w_OGg).square_().mul_(d_XGg).sum(-1))
+        scales_.append(s_COG)
+        zeros += [] if z_COG is None else [z_COG]
+    best_1OG = torch.cat(errors).min(0, keepdim=True).indices
+    s_OG, z_OG = (torch.cat(t).gather(0, best_1OG)[0] if t else None for t in (scales_, zeros))
+    assert s_OG is not None
+    return s_OG, z_OG
 
 
-def _grid(low_OG: Tensor, high_OG: Tensor, form: Grid) -> tuple[Tensor, Tensor | None]:
+def _grid(low_OG: Tensor, high_OG: Tensor, form: Grid, half: Half) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point that cover [low, high]."""
     kind = torch.float16 if form.scales == "float16" else torch.float32
     tiny = torch.finfo(kind).tiny
-    half = 1 << (form.bits - 1)
     if form.symmetric:
         return (torch.maximum(-low_OG, high_OG) / (half - 1)).clamp_min(tiny).to(kind), None
     s_OG = ((high_OG - low_OG) / (2 * half - 1)).clamp_min(tiny).to(kind)
-    z_OG = ((-low_OG / s_OG.float()).round().clamp(0, 2 * half - 1) - half).to(torch.int8)
-    return s_OG, z_OG
+    last = 2 * half - 1 if isinstance(half, int) else (2 * half - 1).float()
+    z_OG = (-low_OG / s_OG.float()).round().clamp_min(0).clamp_max(last)
+    return s_OG, (z_OG - half).to(torch.int8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,8 +282,15 @@ class Grid(Form):
         q_OI = codes(w_OI, s_OG, bits=self.bits, z_OG=z_OG, group=self.group)
         return GridPacked(q_OI=q_OI, s_OG=s_OG, z_OG=z_OG, bits=self.bits, group=self.group)
 
+    @property
+    def abreast(self) -> Hashable:
+        return None if self.activations != "none" else (self.group, self.symmetric, self.clip, self.scales)
+
     def columns(self, w_OI: Tensor, metric: Metric) -> Columns:
-        return _GridColumns(self, w_OI, metric)
+        return _GridColumns([self], w_OI, metric)
+
+    def columns_of(self, forms: Sequence[Any], w_OI: Tensor, metric: Metric) -> Columns:
+        return _GridColumns(forms, w_OI, metric)
 
     def nbytes(self, rows: int, columns: int) -> int:
         groups = -(-columns // self.group) if self.group else 1
@@ -290,13 +307,25 @@ class Grid(Form):
 
 
 class _GridColumns(Columns):
-    def __init__(self, form: Grid, w_OI: Tensor, metric: Metric) -> None:
-        self.form = form
-        self.d_OI = metric.diagonal_OI
+    """Of one grid, or of several that differ in their bits alone: the rows of each below those of the one before."""
+
+    def __init__(self, forms: Sequence[Grid], w_OI: Tensor, metric: Metric) -> None:
+        self.forms, self.form, self.d_OI = forms, forms[0], metric.diagonal_OI
+        self.half: Half = 1 << (self.form.bits - 1)
+        if len(forms) > 1:
+            self.half = torch.tensor([1 << (f.bits - 1) for f in forms]).repeat_interleave(len(w_OI))[:, None]
+            self.d_OI = self.d_OI if len(self.d_OI) == 1 else self.d_OI.repeat(len(forms), 1)
+            w_OI = w_OI.repeat(len(forms), 1)
+        low, high = limits_of(self.half, symmetric=self.form.symmetric)
+        self.ends = (low, high) if isinstance(low, int) else (low[:, 0], high[:, 0])
         self.q_OI = torch.empty_like(w_OI, dtype=torch.int8)
-        self.s_OG, self.z_OG = fitted(w_OI, self.d_OI, form)
-        self.low, self.high = limits(form.bits, symmetric=form.symmetric)
-        self.w_OI: Tensor = w_OI
+        if self.form.group is None:
+            self.s_OG, self.z_OG = fitted(w_OI, self.d_OI, self.form, self.half)
+        else:  # the grid of a group is set when it is reached, from the weights as corrected
+            size = len(w_OI), -(-w_OI.shape[1] // self.form.group)
+            self.s_OG = torch.empty(size, dtype=torch.float16 if self.form.scales == "float16" else torch.float32)
+            self.z_OG = None if self.form.symmetric else torch.empty(size, dtype=torch.int8)
+        self.w_OI = w_OI
 
     def begin(self, start: int, stop: int, w_OI: Tensor, u_II: Tensor) -> None:
         self.w_OI = w_OI
@@ -304,16 +333,24 @@ class _GridColumns(Columns):
     def project(self, j: int, w_O: Tensor) -> Tensor:
         group = self.form.group
         at = j // group if group else 0
-        if group and j % group == 0:  # the grid of a group is set when it is reached, from the weights as corrected
-            s_O1, z_O1 = fitted(self.w_OI[:, j : j + group], self.d_OI[:, j : j + group], self.form)
+        if group and j % group == 0:
+            s_O1, z_O1 = fitted(self.w_OI[:, j : j + group], self.d_OI[:, j : j + group], self.form, self.half)
             self.s_OG[:, at] = s_O1[:, 0]
             if self.z_OG is not None and z_O1 is not None:
                 self.z_OG[:, at] = z_O1[:, 0]
         s_O = self.s_OG[:, at].float()
         z_O = torch.zeros_like(s_O) if self.z_OG is None else self.z_OG[:, at].float()
-        q_O = ((w_O / s_O).round() + z_O).clamp(self.low, self.high)
-        self.q_OI[:, j] = q_O.to(torch.int8)
-        return (q_O - z_O) * s_O
+        q_O = ((w_O / s_O).round_().add_(z_O)).clamp_(*self.ends)
+        self.q_OI[:, j] = q_O
+        return q_O.sub_(z_O).mul_(s_O)
 
     def packed(self) -> GridPacked:
-        return GridPacked(q_OI=self.q_OI, s_OG=self.s_OG, z_OG=self.z_OG, bits=self.form.bits, group=self.form.group)
+        return self.each()[0]
+
+    def each(self) -> list[GridPacked]:
+        parts = [t.chunk(len(self.forms)) for t in (self.q_OI, self.s_OG)]
+        zeros = [None] * len(self.forms) if self.z_OG is None else self.z_OG.chunk(len(self.forms))
+        return [
+            GridPacked(q_OI=q_OI, s_OG=s_OG, z_OG=z_OG, bits=form.bits, group=form.group)
+            for form, q_OI, s_OG, z_OG in zip(self.forms, *parts, zeros, strict=True)
+        ]

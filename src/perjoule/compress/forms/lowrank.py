@@ -63,9 +63,8 @@ class LowRank(Form):
         return LowRankPacked(a_Or=a_Or / r_O[:, None], b_rI=b_rI / d_I)
 
     def compensated(self, w_OI: Tensor, metric: Metric) -> Packed:
-        assert metric.full_II is not None
-        root_II, r_O1 = _root(metric.full_II.double()), _row_roots(w_OI, metric).double()[:, None]
-        a_Or, b_rI = _truncated(r_O1 * w_OI.double() @ root_II, self.rank(*w_OI.shape))
+        root_II, r_O1, white_OI = _whitened(w_OI, metric)
+        a_Or, b_rI = _truncated(white_OI, self.rank(*w_OI.shape))
         b_rI = torch.linalg.solve_triangular(root_II, b_rI, upper=False, left=False)
         return LowRankPacked(a_Or=(a_Or / r_O1).float(), b_rI=b_rI.float())
 
@@ -74,6 +73,21 @@ class LowRank(Form):
 
     def describe(self) -> str:
         return f"low rank, {100 * self.share:.0f} % of the parameters"
+
+
+def errors(w_OI: Tensor, metric: Metric) -> Tensor:
+    """What the second-order solution of every rank loses under `metric`, rank 0 first: one SVD for all of them."""
+    *_, white_OI = _whitened(w_OI, metric)
+    lost_r = torch.linalg.svdvals(white_OI).square().flip(0).cumsum(0).flip(0)
+    unit = 1.0 if metric.rows_O is None else metric.rows_O.mean()
+    return torch.cat([lost_r, lost_r.new_zeros(1)]).float() * unit
+
+
+def _whitened(w_OI: Tensor, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
+    """S with S Sᵀ = H, the roots of the rows' weights, and R^(1/2) W S; float64."""
+    assert metric.full_II is not None
+    root_II, r_O1 = _root(metric.full_II.double()), _row_roots(w_OI, metric).double()[:, None]
+    return root_II, r_O1, r_O1 * w_OI.double() @ root_II
 
 
 def _root(h_II: Tensor) -> Tensor:

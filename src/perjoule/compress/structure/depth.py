@@ -46,7 +46,7 @@ def droppable(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Dr
     """All blocks that can go, each with what its going alone does, the least harmful first."""
     reference = answers(model, batches)
     found = []
-    for name, in_tuple in _candidates(model, batches[0]).items():
+    for name, in_tuple in candidates(model, batches[0]).items():
         without = copy.deepcopy(model)
         Cutter(without).drop(name, in_tuple)
         try:
@@ -59,7 +59,7 @@ def droppable(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Dr
     return sorted(found, key=lambda d: d.damage)
 
 
-def _candidates(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, bool]:
+def candidates(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, bool]:
     """Blocks that map a tensor to one of the same shape, called once; True where the answer is a tuple."""
     stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
     members = {f"{n}.{k}" if n else k: b for n, m in stacks for k, b in m.named_children()}

@@ -217,6 +217,12 @@ def _elementwise(flow: Flow, node: Any) -> Families:
     return flow.together(node, arguments, [shape_of(a) for a in arguments], len(shape_of(node)))
 
 
+@rule("new_zeros new_ones new_full new_empty")
+def _fresh(flow: Flow, node: Any) -> Families:
+    """Only the type of what they are called on is looked at."""
+    return ()
+
+
 @rule("prelu")
 def _prelu(flow: Flow, node: Any) -> Families:
     x, weight = node.args
@@ -278,7 +284,9 @@ def _glu(flow: Flow, node: Any, axis: int) -> Families:
 @rule(
     """max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
     adaptive_max_pool1d adaptive_max_pool2d max_pool2d_with_indices max_pool1d_with_indices upsample_nearest1d
-    upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _adaptive_avg_pool2d"""
+    upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d upsample_linear1d
+    upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d upsample_trilinear3d _adaptive_avg_pool2d
+    adaptive_avg_pool3d"""
 )
 def _over_positions(flow: Flow, node: Any) -> Any:
     rank = len(shape_of(node.args[0]))

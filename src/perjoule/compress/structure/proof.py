@@ -111,8 +111,10 @@ def _with_attributes(model: nn.Module, trial: Trial) -> Trial:
         owned = sum(len(i) for i in slot.index)
         if owned == _length(model, slot):  # sizes of axes that belong to the group alone
             sizes.setdefault(owned, slot.each)
-        if slot.role == "writes" and slot.each > 1:
-            sizes.setdefault(trial.channels, 1)
+    several = [slot.each for slot in trial.slots if slot.role == "writes" and slot.each > 1]
+    for each in several:  # heads: a channel is one of the coarsest kind, with as many of the others as it serves
+        if each % min(several) == 0:
+            sizes.setdefault(trial.channels * (each // min(several)), each // min(several))
     places: dict[str, None] = {}
     for slot in trial.slots:
         parts = slot.module.split(".")

@@ -185,3 +185,26 @@ def _embedding(flow: Flow, node: Any) -> Families:
             flow.atoms.writes.append(family)
             found.append(family.reshape([1] * len(shape_of(index)) + [-1]))
     return tuple(found)
+
+
+@rule("pixel_shuffle")
+def _pixel_shuffle(flow: Flow, node: Any) -> Families:
+    """r^2 neighbouring channels become one, laid out over positions: they go together."""
+    x, r = node.args
+    rank, found = len(shape_of(x)), []
+    others = [a for a in range(rank) if a != rank - 3]
+    for family in flow.collapse(flow.of(x), others, f"{name_of(node)} mixes channels"):
+        whole_Cr = family.flatten().reshape(-1, r * r)
+        flow.atoms.join(whole_Cr[:, :1], whole_Cr, f"{node.name} reads padding")
+        found.append(whole_Cr[:, 0].reshape([-1 if a == rank - 3 else 1 for a in range(rank)]))
+    return tuple(found)
+
+
+@rule("pixel_unshuffle")
+def _pixel_unshuffle(flow: Flow, node: Any) -> Families:
+    """Every channel becomes r^2."""
+    x, r = node.args
+    rank = len(shape_of(x))
+    others = [a for a in range(rank) if a != rank - 3]
+    families = flow.collapse(flow.of(x), others, f"{name_of(node)} mixes channels")
+    return tuple(f.repeat_interleave(r * r, rank - 3) for f in families)
