@@ -134,6 +134,36 @@ class _Sometimes(nn.Module):
         return self.used(x)
 
 
+class Routed(nn.Module):
+    """Every example to one of three experts, called in order, with nothing or not at all where nobody asks."""
+
+    def __init__(self, *, always):
+        super().__init__()
+        self.experts, self.always = nn.ModuleList(nn.Linear(3, 3) for _ in range(3)), always
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(x[:, 0].long() == number)[0]
+            if self.always or len(rows):
+                y = y.index_add(0, rows, expert(x[rows]))
+        return y
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_each_expert_has_the_statistics_of_what_it_was_asked(always):
+    generator, asked = torch.Generator().manual_seed(0), [[0, 0, 0], [0, 1, 0], [1, 0, 1]]
+    batches = [{"x": torch.rand(3, 3, generator=generator)} for _ in asked]
+    for batch, numbers in zip(batches, asked, strict=True):
+        batch["x"][:, 0] = torch.tensor(numbers)
+    stats = gathered(Routed(always=always), batches)
+    every_N3 = torch.cat([b["x"] for b in batches])
+    assert {name: s.rows for name, s in stats.items()} == {"experts.0": 6, "experts.1": 3}, "the third sees nothing"
+    for number in range(2):
+        x_NI = every_N3[every_N3[:, 0] == number]
+        assert torch.allclose(stats[f"experts.{number}"].h_II, x_NI.T @ x_NI / len(x_NI), atol=1e-5)
+
+
 def test_a_layer_that_is_never_reached_has_no_statistics():
     assert list(gathered(_Sometimes(), [{"x": torch.randn(2, 4)}])) == ["used"]
 

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from perjoule.compress import sites
-from perjoule.compress.apply import Applier
+from perjoule.compress.apply import Applier, Compressed
 from perjoule.compress.forms import Grid, Sparse
 from perjoule.core.errors import DiskFull, ExportError, MissingExtra, ParityError, UnknownName
 from perjoule.core.record import Recipe, Step
@@ -319,12 +319,28 @@ def test_a_table_that_is_read_at_fixed_places_is_no_longer_in_the_file():
     model, batch = Backwards().eval(), {"x": torch.randn(4, 5, 6)}
     model.unused = nn.Linear(3, 3)
     found, _ = sites.find(model)
-    kept, others = reaching(found, gradients(model, found, [batch], 0), export(model, batch, {}))
+    seen = {s.name for s in found}
+    kept, others = reaching(found, gradients(model, found, [batch], 0), seen, export(model, batch, {}))
     assert [s.name for s in kept] == ["main", "short"]
     assert [(u.site, u.reason.partition(":")[0], u.nbytes) for u in others] == [
         ("places", "reads the same at every request", 160),
         ("unused", "never reaches the model's answer; left out of the exported file", 36),
     ]
+
+
+class Counting(nn.Module):
+    """Takes the number of examples as a plain number."""
+
+    def forward(self, x):
+        return x * torch.ones(len(x), 1).cumsum(0)
+
+
+def test_a_file_that_cannot_answer_another_number_of_examples_says_so(tmp_path):
+    compressed, batch = Compressed(model=Counting()), {"x": torch.randn(4, 3)}
+    written = write(lowered(compressed, batch, {"x": (0,)}), tmp_path / "model.onnx")
+    assert parity(OnnxRuntime, written.path, compressed, [batch], 1, 1e-4) < 1e-6
+    with pytest.raises(ParityError, match=r"onnxruntime cannot answer inputs of \(2, 3\): .*use x.shape\[0\]"):
+        parity(OnnxRuntime, written.path, compressed, [{"x": batch["x"][:2]}], 1, 1e-4)
 
 
 class Attending(torch.nn.Module):

@@ -3,9 +3,11 @@
 import copy
 import json
 
+import onnx
 import onnxruntime
 import pytest
 import torch
+from torch import nn
 
 import perjoule as pj
 from perjoule.compress import groups, sites, stream
@@ -16,6 +18,7 @@ from perjoule.export.artifact import lowered, write
 from perjoule.export.runtimes import as_feed
 from perjoule.search.prove import digest, frontier, mean_ratio
 from perjoule.search.repair import repaired
+from perjoule.train.loop import seeded
 
 pytestmark = pytest.mark.slow
 
@@ -236,6 +239,37 @@ def test_bytes_as_the_objective_give_a_smaller_file(finished, settings, tmp_path
     assert result.best is not None
     assert result.best.size_bytes < finished.result.best.size_bytes
     assert result.best.size_bytes == min(p.size_bytes for p in result.frontier)
+
+
+class Routed(nn.Module):
+    """Each example goes to one of three experts; nobody asks the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(12, 32), nn.Linear(32, 4)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x):
+        asked, x = (x[:, 0] > 0).long(), self.into(x).relu()
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(asked == number)[0]
+            y = y.index_add(0, rows, expert(x[rows]))
+        return self.out(y)
+
+
+def test_an_expert_that_nobody_asks_stays_as_it_is(settings, tmp_path):
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    with seeded(0):
+        workload = pj.Workload(model=Routed(), calibration=x[:32].split(16), evaluation=x[32:].split(16))
+    budget = pj.Budget(keep=0.9, objective="size")
+    result = pj.optimize(workload, budget, out=tmp_path, target="onnxruntime", evaluations=3, settings=settings)
+    best = result.best
+    assert best is not None
+    reasons = {u.site: u.reason for u in best.coverage.untreated}
+    assert reasons["experts.2"] == "no calibration example reaches it; left exact"
+    held = onnx.load(tmp_path / "artifact" / "model.onnx").graph.initializer
+    assert sum(t.data_type == onnx.TensorProto.FLOAT and sorted(t.dims) == [32, 32] for t in held) == 1
 
 
 def test_convolutions_and_batch_norm_go_the_whole_way(workload_file, settings, tmp_path):

@@ -187,9 +187,9 @@ def _gather(
             answer(model, batch)
 
     run(None, batches[0])
-    # A module called several times a pass (shared weights) may be called again behind the last new one.
-    once = len(calls) == len(set(calls))
-    last = calls[-1] if calls and once else None
+    # Called several times a pass (shared weights), a module may be called again behind the last new one; one that this
+    # batch did not call (an expert) may be called by others.
+    last = calls[-1] if len(calls) == len(set(calls)) == len(group) else None
     for batch in batches[1:]:
         run(last, batch)
     return {name: s.result(sensed.g_O.get(name)) for name, s in sums.items() if s.rows}
@@ -209,6 +209,8 @@ class Sums:
         self.moments = Moments(0 if table else size, device)
 
     def add(self, module: nn.Module, x: Tensor) -> None:
+        if not x.numel():  # an expert that nobody asked
+            return
         if self.site.kind == "table":
             self.counts_V += torch.bincount(x.flatten(), minlength=len(self.counts_V))
             self.rows += x.numel()

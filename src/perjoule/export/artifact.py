@@ -93,13 +93,20 @@ def parity(
 
     The largest that nine of ten examples of a batch stay under, and of the batches the worst: a rounding tie may flip
     a single example.
-    Raises ParityError above `tolerance`: the file then is not the model that was judged.
+    Raises ParityError above `tolerance`, and where there is no answer: the file then is not the model that was judged.
     """
     session = runtime.open(artifact, threads)
     worst = 0.0
     for batch in batches:
         expected = answers(compressed.model, [batch]).numpy().reshape(len(next(iter(batch.values()))), -1)
-        found = np.asarray(session.run(as_feed(batch))).reshape(expected.shape)
+        try:
+            found = np.asarray(session.run(as_feed(batch))).reshape(expected.shape)
+        except Exception as refusal:  # runtimes raise their own C++ exception types
+            told, shapes = " ".join(str(refusal).split())[:160], [str(tuple(x.shape)) for x in batch.values()]
+            raise ParityError(
+                f"{runtime.name} cannot answer inputs of {', '.join(shapes)}: {told}; sizes that the model's code takes"
+                " as plain numbers, as len(x) does, are fixed in the file: use x.shape[0]"
+            ) from refusal
         error = np.linalg.norm(found - expected, axis=1) / np.maximum(np.linalg.norm(expected, axis=1), 1e-12)
         worst = float(np.maximum(worst, np.quantile(error, QUANTILE)))  # unlike max(), keeps NaN
     if not worst <= tolerance:

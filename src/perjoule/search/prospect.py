@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,9 +87,9 @@ class Prospect:
         self.progress.step()
         if not math.isfinite(self.sensed.output_square):
             raise WorkloadError("the model answers NaN or infinity to the calibration data; check them")
-        reached, left_out = reaching(self.original.sites, self.sensed, self.original.prover.original)
+        reached, left_out = reaching(self.original.sites, self.sensed, self.stats, self.original.prover.original)
         self.untreated += left_out
-        self.sites = reached
+        self.sites = self.original.prover.sites = reached  # weights of others stay in the file as they are
         _refuse_nothing(self.sites, self.untreated)
         names = {s.name for s in reached}
         known = [g for g in self.original.groups if {*g.producers, *g.consumers} <= names]
@@ -119,10 +119,11 @@ class Prospect:
     def _try_runtimes(self) -> None:
         """The original exported as it is, in every runtime and number of threads: who runs, and how fast."""
         ways = [(r.name, t) for r in self.runtimes for t in dict.fromkeys((self.cores, 1))]
+        requests = list(self.requests.values())
         usable, refused = [], {}
         for name, threads in ways:
             try:
-                self.original.prover.check(self.original.as_is, Compressed(model=self.model), name, threads)
+                self.original.prover.check(self.original.as_is, Compressed(model=self.model), name, threads, requests)
                 usable.append((name, threads))
             except ExportError as error:
                 refused[name] = str(error)
@@ -229,14 +230,18 @@ def trials(original: Original) -> int:
     return len(candidates(original.model, original.workload.example)) + grouped * (1 + len(SHARES)) + forms
 
 
-def reaching(sites: Sequence[Site], sensed: stream.Sensed, graph: Graph) -> tuple[list[Site], list[Untreated]]:
-    """The sites whose weights are in the exported file, and the others with the reason."""
+def reaching(
+    sites: Sequence[Site], sensed: stream.Sensed, seen: Collection[str], graph: Graph
+) -> tuple[list[Site], list[Untreated]]:
+    """The sites that calibration has `seen` and whose weights are in the exported file; the others with the reason."""
     found, others = [], []
     for site in sites:
         if site.kind != "recurrent" and sensed.g_O.get(site.name) is None:
             reason = "never reaches the model's answer; left out of the exported file"
         elif not weight_tensors(graph, site):
             reason = "reads the same at every request: the exported file holds its answer instead"
+        elif site.kind != "recurrent" and site.name not in seen:
+            reason = "no calibration example reaches it; left exact"
         else:
             found.append(site)
             continue

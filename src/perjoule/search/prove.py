@@ -120,16 +120,24 @@ class Prover:
         predicted = payload_bytes(self.original, self.sites, compressed)
         return write(graph, self.folder / "versions" / f"{name}.onnx", predicted)
 
-    def check(self, written: Written, compressed: Compressed, runtime_name: str, threads: int) -> float:
-        """Parity of file and model in one runtime; raises ParityError or ExportError."""
+    def check(
+        self,
+        written: Written,
+        compressed: Compressed,
+        runtime_name: str,
+        threads: int,
+        requests: Sequence[Mapping[str, Any]] = (),
+    ) -> float:
+        """Parity of file and model in one runtime, on a batch and on `requests`; raises ParityError or ExportError."""
         batch = self.workload.evaluation[0]
         with plain_kernels(), torch.inference_mode():
             mine, theirs = (answer(m, batch) for m in (compressed.model, self.workload.model))
         size, off = (t.reshape(len(theirs), -1).norm(dim=1) for t in (theirs, mine - theirs))
         error = float((off / size.clamp_min(1e-12)).quantile(QUANTILE))
         return parity(
-            runtime(runtime_name), written.path, compressed, [batch], threads, tolerance=max(LOOSEST, NOISE * error)
-        )
+            runtime(runtime_name), written.path, compressed, [batch, *requests], threads,
+            tolerance=max(LOOSEST, NOISE * error),
+        )  # fmt: skip
 
     def judge_file(self, written: Written, runtime_name: str, threads: int) -> Judgement:
         """Quality of the file's own answers, on the half the search did not look at."""
