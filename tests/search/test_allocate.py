@@ -149,6 +149,12 @@ def test_a_ceiling_may_be_as_small_as_numbers_are(ceiling):
     assert [c.cost for c in allocate(menus, [], minimise=lambda c: c.cost, limits=limits).choices] == [5.0, 2.0]
 
 
+def test_a_small_ceiling_is_shared_exactly():
+    """Beside choices a hundred million times too large, which would set the scale."""
+    menus = {s: [choice(s, 1, 0.0, damage=1.0), choice(s, 1, 1.0, damage=6e-9), choice(s, 1, 5.0)] for s in "ab"}
+    assert allocate(menus, [], minimise=lambda c: c.cost, limits=[(damage, 1e-8), (nbytes, 9)]).cost == 6.0
+
+
 def test_what_bursts_alone_may_fit_when_a_block_gives_bytes_back():
     menus = {
         "a": [choice("a", 12, 1.0), choice("a", 9, 3.0)],
