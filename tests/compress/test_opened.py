@@ -99,6 +99,13 @@ FAMILIES = {
 }
 
 
+def test_an_answer_that_is_no_number_is_not_the_same():
+    wanted = [torch.ones(2), torch.ones(3)]
+    assert module._differ(wanted, wanted) == ""
+    assert module._differ([torch.ones(2), torch.tensor([1.0, torch.nan, 1.0])], wanted) == "by nan"
+    assert module._differ([torch.ones(2), torch.ones(2)], wanted) == "in shape"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_opened_network_is_the_same_function_and_its_weights_are_sites(family):
     make, batch, kinds, touched = FAMILIES[family]

@@ -165,23 +165,21 @@ def totals(entries: Sequence[Entry]) -> list[Sum]:
 
 
 def _sum(name: str, entries: Sequence[Entry]) -> Sum:
-    from perjoule.measure.overlap import counted
+    from perjoule.measure.overlap import together
 
-    shares = counted(entries)
-    read = [(f, share) for e, share in zip(entries, shares, strict=True) if (f := e.facility) is not None]
-    facilities = [f.scaled(share.energy) for f, share in read]
+    took = together(entries)
     return Sum(
         experiment=name,
         runs=len(entries),
         failed=sum(e.status in ("failed", "killed") for e in entries),
         unread=sum(e.reading is None for e in entries),
-        time_s=sum(f.time_s.value * share.time for f, share in read),
-        energy_j=_added([f.energy_j for f in facilities]),
-        twice_j=sum(f.energy_j.value * (1 - share.energy) for f, share in read),
-        carbon_kgco2e=_added([f.carbon_kgco2e for f in facilities if f.carbon_kgco2e]),
-        money=_added([f.money for f in facilities if f.money]),
-        water_l=sum(e.water_l * share.energy for e, share in zip(entries, shares, strict=True)),
-        embodied_kgco2e=sum(e.embodied_kgco2e * share.time for e, share in zip(entries, shares, strict=True)),
+        time_s=took.time_s,
+        energy_j=_added(took.energy_j),
+        twice_j=took.twice_j,
+        carbon_kgco2e=_added(took.carbon_kgco2e),
+        money=_added(took.money),
+        water_l=took.water_l,
+        embodied_kgco2e=took.embodied_kgco2e,
     )
 
 

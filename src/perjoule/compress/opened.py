@@ -28,15 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_leaves
 
 from perjoule.compress.stand_ins import Bag, Cell
 from perjoule.compress.structure.attention import Projections, linear
+from perjoule.compress.structure.proof import TOLERANCE, distance
 from perjoule.core.errors import WorkloadError
-from perjoule.measure.forward import answers, first_tensor, plain_kernels
+from perjoule.measure.forward import answers, first_tensor, plain_kernels, tensors
 
-TOLERANCE = 1e-4
-"""Largest difference over the largest answer, as in structure/proof.py."""
 Calls = Mapping[str, list[tuple[tuple[Any, ...], Mapping[str, Any]]]]
 """By module, what it was called with."""
 
@@ -78,14 +76,14 @@ def opened(model: nn.Module, batch: Mapping[str, Any]) -> Opened:
         try:
             touched = exchange(trial, calls)
             wanted = wanted or (_answers(found, batch) if touched else [])
-            off = _distance(_answers(trial, batch), wanted) if touched else 0.0
+            off = _differ(_answers(trial, batch), wanted) if touched else ""
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             notes.append(f"{what} stays as it is: exchanged, it fails ({' '.join(str(error).split())[:120]})")
             continue
         if not touched:
             continue
-        if not off <= TOLERANCE:
-            notes.append(f"{what} stays as it is: exchanged, the answers differ by {off:.2g}")
+        if off:
+            notes.append(f"{what} stays as it is: exchanged, the answers differ {off}")
             continue
         found = trial
         notes.append(f"{what} of {touched} layer{'s' if touched > 1 else ''} {DONE[what]}; the answers are the same")
@@ -95,7 +93,7 @@ def opened(model: nn.Module, batch: Mapping[str, Any]) -> Opened:
 def _answers(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     with torch.no_grad(), plain_kernels(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return [t for t in tree_leaves(model(**batch)) if isinstance(t, Tensor) and t.is_floating_point()]
+        return tensors(model(**batch))
 
 
 def _by_keyword(model: nn.Module, batch: Mapping[str, Any]) -> list[nn.Module]:
@@ -140,11 +138,12 @@ def _positional(
     return (rest.pop("input"), *args) if not args and "input" in rest else args, rest
 
 
-def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:
+def _differ(found: list[Tensor], wanted: list[Tensor]) -> str:
+    """How the answers differ; "" if they do not."""
     if [t.shape for t in found] != [t.shape for t in wanted]:
-        return float("inf")
-    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if a.numel()]
-    return max((float((a - b).abs().max()) / max(float(b.abs().max()), 1e-6) for a, b in pairs), default=0.0)
+        return "in shape"
+    offs = [distance(a, b) for a, b in zip(found, wanted, strict=True)]
+    return next((f"by {off:.2g}" for off in offs if not off <= TOLERANCE), "")  # not a number is no small number
 
 
 def _calls(model: nn.Module, batch: Mapping[str, Any]) -> Calls:

@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import transformer
-from torch.utils._pytree import tree_leaves
 
-from perjoule.measure.forward import plain_kernels
+from perjoule.measure.forward import plain_kernels, tensors
 
 _ASKS = ("data-dependent", "data dependent", "Dynamic control flow")
 _OTHERS = (*(str(Path(f).parent) for f in (torch.__file__, traceback.__file__)), str(Path(__file__).parents[1]), "<")
@@ -57,11 +56,11 @@ def tensors_only(model: nn.Module) -> Iterator[None]:
     forward = model.forward
 
     @functools.wraps(forward)
-    def tensors(*args: Any, **kwargs: Any) -> list[Tensor]:
-        return [t for t in tree_leaves(forward(*args, **kwargs)) if isinstance(t, Tensor)]
+    def told(*args: Any, **kwargs: Any) -> list[Tensor]:
+        return tensors(forward(*args, **kwargs))
 
     kept = "forward" in vars(model)
-    model.forward = tensors
+    model.forward = told
     try:
         yield
     finally:

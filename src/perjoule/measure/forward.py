@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from perjoule.core.errors import WorkloadError
 
@@ -22,6 +23,11 @@ def first_tensor(output: Any) -> Tensor:
         else:
             raise WorkloadError(f"the model returned {type(output).__name__}; it must return a tensor first")
     return output
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """All tensors in a model's output, in their order."""
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
 def answer(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -28,10 +28,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from perjoule.core.reading import Estimate
 from perjoule.measure.project import Entry
 from perjoule.measure.share import TOLD
 
 EDGE_S = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Together:
+    """What runs took, by facility, what several measured at once counted once."""
+
+    energy_j: tuple[Estimate, ...]
+    """Of each run that left a figure, as are the others."""
+    carbon_kgco2e: tuple[Estimate, ...]
+    """Of those that have a place."""
+    money: tuple[Estimate, ...]
+    """Of those that have a price."""
+    twice_j: float
+    """What was counted once only."""
+    time_s: float
+    water_l: float
+    embodied_kgco2e: float
+
+
+def together(entries: Sequence[Entry]) -> Together:
+    """The figures of these runs, to be summed."""
+    shares = counted(entries)
+    read = [(f, share) for e, share in zip(entries, shares, strict=True) if (f := e.facility) is not None]
+    scaled = [f.scaled(share.energy) for f, share in read]
+    return Together(
+        energy_j=tuple(f.energy_j for f in scaled),
+        carbon_kgco2e=tuple(f.carbon_kgco2e for f in scaled if f.carbon_kgco2e),
+        money=tuple(f.money for f in scaled if f.money),
+        twice_j=sum(f.energy_j.value * (1 - share.energy) for f, share in read),
+        time_s=sum(f.time_s.value * share.time for f, share in read),
+        water_l=sum(e.water_l * share.energy for e, share in zip(entries, shares, strict=True)),
+        embodied_kgco2e=sum(e.embodied_kgco2e * share.time for e, share in zip(entries, shares, strict=True)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

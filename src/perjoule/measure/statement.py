@@ -25,7 +25,7 @@ from perjoule.core import units
 from perjoule.core.errors import BadInput
 from perjoule.core.reading import Boundary, Estimate, worst
 from perjoule.core.units import J_PER_KWH
-from perjoule.measure.overlap import counted
+from perjoule.measure.overlap import together
 from perjoule.measure.project import Entry
 
 WIDER: tuple[Boundary, ...] = ("device", "host", "facility")
@@ -119,14 +119,9 @@ def state(
     if not read:
         of = f" of experiment '{experiment}'" if experiment else ""
         raise BadInput(f"no run{of} has a reading; run one with: perjoule measure -- COMMAND")
-    shares = counted([e for e, _ in read])
-    energy = _sum([f.energy_j.scaled(share.energy) for (_, f), share in zip(read, shares, strict=True)])
-    carbons = [
-        f.carbon_kgco2e.scaled(share.energy) for (_, f), share in zip(read, shares, strict=True) if f.carbon_kgco2e
-    ]
-    operational = _sum(carbons) if len(carbons) == len(read) else None
-    embodied = sum(e.embodied_kgco2e * share.time for (e, _), share in zip(read, shares, strict=True))
-    twice_j = sum(f.energy_j.value * (1 - share.energy) for (_, f), share in zip(read, shares, strict=True))
+    took = together([e for e, _ in read])
+    operational = _sum(took.carbon_kgco2e) if len(took.carbon_kgco2e) == len(read) else None
+    embodied = took.embodied_kgco2e
     sci = None
     if operational and unit:
         sci = (operational + Estimate.exact(embodied, "embodied", "assumed")).scaled(1 / per)
@@ -140,15 +135,15 @@ def state(
         last=max(e.at for e in entries),
         hosts=len({e.host for e in entries}),
         places=tuple(dict.fromkeys(e.site.place or e.site.hours for e, f in read if f.carbon_kgco2e)),
-        time_s=sum(f.time_s.value * share.time for (_, f), share in zip(read, shares, strict=True)),
-        energy_j=energy,
-        twice_j=twice_j,
+        time_s=took.time_s,
+        energy_j=_sum(took.energy_j),
+        twice_j=took.twice_j,
         boundary=min((f.boundary for _, f in read), key=WIDER.index),
         operational_kgco2e=operational,
         embodied_kgco2e=embodied,
         sci_kgco2e=sci,
         flops=flops,
-        gaps=_gaps(entries, len(read), len(carbons), unit, embodied),
+        gaps=_gaps(entries, len(read), len(took.carbon_kgco2e), unit, embodied),
     )
 
 

@@ -30,7 +30,7 @@ def knapsack(menus: Sequence[Menu], room: int) -> list[int] | None:
     least, unit, units = _scaled(menus, room)
     if units < 0:
         return None
-    if (size := cells(menus, room)) > CELLS:
+    if (size := len(menus) * (units + 1)) > CELLS:
         raise ValueError(f"{size} cells, at most {CELLS}")
     spent_C, picks = np.zeros(units + 1), []
     for menu, low in zip(menus, least, strict=True):

@@ -123,7 +123,8 @@ class Prospect:
         usable, refused = [], {}
         for name, threads in ways:
             try:
-                self.original.prover.check(self.original.as_is, Compressed(model=self.model), name, threads, requests)
+                tried = requests if threads == self.cores else ()  # sizes are no matter of threads
+                self.original.prover.check(self.original.as_is, Compressed(model=self.model), name, threads, tried)
                 usable.append((name, threads))
             except ExportError as error:
                 refused[name] = str(error)

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from perjoule.compress.structure.cut import Attribute, Cutter, Slot
-from perjoule.measure.forward import plain_kernels
+from perjoule.measure.forward import plain_kernels, tensors
 
 TOLERANCE = 1e-4
 """Largest difference over the largest answer: single precision through a deep network, and nothing more."""
@@ -84,24 +83,26 @@ def _differs(model: nn.Module, trials: Sequence[Trial], args: Sequence[Any], bat
                     state[slot.parameter].index_fill_(slot.axis, index, 0)
             cutter.remove(trial.slots, keep, trial.attributes)
         with plain_kernels():
-            wanted = _tensors(masked(*args, **batch))
+            wanted = tensors(masked(*args, **batch))
             try:
-                found = _tensors(cut(*args, **batch))
+                found = tensors(cut(*args, **batch))
             except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 return f"the smaller network fails: {first[:160]}"
     for a, b in zip(wanted, found, strict=True):
         if a.shape != b.shape:
             return f"the smaller network answers {tuple(b.shape)}, not {tuple(a.shape)}"
-        if a.is_floating_point() and a.numel():
-            off, scale = float((a - b).abs().max()), float(a.abs().max())
-            if not off <= TOLERANCE * max(scale, 1e-6):
-                return f"the smaller network answers otherwise than the masked one (by {off / max(scale, 1e-6):.2g})"
+        off = distance(b, a)
+        if not off <= TOLERANCE:
+            return f"the smaller network answers otherwise than the masked one (by {off:.2g})"
     return ""
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference over the largest entry; 0 for whole numbers and where nothing is in it."""
+    if not wanted.is_floating_point() or not wanted.numel():
+        return 0.0
+    return float((found - wanted).abs().max()) / max(float(wanted.abs().max()), 1e-6)
 
 
 def _with_attributes(model: nn.Module, trial: Trial) -> Trial:
